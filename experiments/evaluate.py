@@ -1,0 +1,34 @@
+"""Runs the evaluations of a config on a checkpoint; prints and saves the result.
+
+  python -m experiments.evaluate --workdir=/tmp/run --step=best
+
+Without `--config`, the workdir's own config is used. Writes `evaluation_<step>.json`.
+"""
+
+import json
+import pathlib
+
+import jax
+import ml_collections
+from absl import flags
+
+from latentlab import app
+from latentlab import eval as eval_lib
+from latentlab.train import loop
+
+_STEP = flags.DEFINE_string("step", "latest", "A step, 'latest' or 'best'.")
+
+
+def main(config: ml_collections.ConfigDict | None, workdir: str) -> None:
+  run = loop.load(workdir, config, step=_STEP.value)
+  evaluations = eval_lib.build(
+      run.config.evals.to_dict(), run.task, run.data, run.trainer.compile)
+  results = {name: x for e in evaluations for name, x in e.run(run.params).items()}
+  if jax.process_index() == 0:
+    text = json.dumps({"step": run.step, **results}, indent=2)
+    print(text)
+    pathlib.Path(workdir, f"evaluation_{run.step}.json").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+  app.run(main, config_required=False, flag_names=("step",))

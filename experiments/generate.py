@@ -1,0 +1,190 @@
+r"""Continues prompts with a trained model.
+
+  python -m experiments.generate --workdir=/tmp/run --prompt="def main(" --top_p=0.9
+
+Text goes to stdout as it is drawn, all else to stderr. Every prompt starts a document; a row ends
+where the model starts the next one. A sample depends on `--seed`, its prompt's place and its own
+number, and on nothing else that is drawn beside it.
+"""
+
+import codecs
+import json
+import logging
+import pathlib
+import sys
+import time
+from collections.abc import Iterable
+
+import ml_collections
+import numpy as np
+import tqdm
+from absl import flags
+
+from latentlab import app, sample
+from latentlab.data import Tokenizer
+from latentlab.train import loop
+
+_PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; may be repeated.")
+_PROMPT_FILE = flags.DEFINE_string(
+    "prompt_file", None, "A text file that is one prompt, or a .jsonl file with a 'prompt' a line.")
+_NUM_TOKENS = flags.DEFINE_integer("num_tokens", 256, "Tokens to draw at most.", lower_bound=1)
+_NUM_SAMPLES = flags.DEFINE_integer(
+    "num_samples", 1, "Samples of each prompt.", lower_bound=1, upper_bound=1 << 16)
+_TEMPERATURE = flags.DEFINE_float("temperature", None, "Divides logits; 1 if not given.")
+_TOP_K = flags.DEFINE_integer("top_k", None, "Keeps the best tokens.")
+_TOP_P = flags.DEFINE_float("top_p", None, "Keeps the fewest best tokens of this mass.")
+_MIN_P = flags.DEFINE_float("min_p", None, "Keeps tokens this probable relative to the best.")
+_PENALTY = flags.DEFINE_float(
+    "repetition_penalty", None, "Divides positive logits of recent tokens, multiplies negative ones.")
+_GREEDY = flags.DEFINE_bool("greedy", False, "Takes the best token instead of drawing one.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the samples.", lower_bound=0)
+_STEP = flags.DEFINE_string("step", "latest", "A step, 'latest' or 'best'.")
+_STREAM = flags.DEFINE_bool("stream", True, "Writes text while it is drawn, not at the end.")
+_OUTPUT = flags.DEFINE_string("output", None, "A .jsonl file for the samples.")
+_FLAGS = (_PROMPT, _PROMPT_FILE, _NUM_TOKENS, _NUM_SAMPLES, _TEMPERATURE, _TOP_K, _TOP_P, _MIN_P,
+          _PENALTY, _GREEDY, _SEED, _STEP, _STREAM, _OUTPUT)
+
+_BLOCK_SIZE = 8  # Tokens between two writes.
+
+logger = logging.getLogger("latentlab.generate")
+
+
+def main(config: ml_collections.ConfigDict | None, workdir: str) -> None:
+  prompts = _prompts()
+  sampler = _sampler()
+  if _OUTPUT.value and not pathlib.Path(_OUTPUT.value).parent.is_dir():
+    raise ValueError(f"--output={_OUTPUT.value!r} lies in no existing folder; make it first.")
+  run = loop.load(workdir, config, step=_STEP.value)
+  tokenizer = run.data.tokenizer
+  # <bos> ends a row; no other special token is text, and training says little of their logits.
+  special = np.flatnonzero(tokenizer.byte_lengths == 0)
+  ban = sample.LogitBias.ban(special[special != tokenizer.bos_id], tokenizer.vocab_size)
+  encoded = [np.concatenate([[tokenizer.bos_id], tokenizer.encode(p)]) for p in prompts]
+  lengths = np.array([len(ids) for ids in encoded])
+  tokens = np.full((len(prompts), lengths.max()), tokenizer.pad_id)
+  for row, ids in zip(tokens, encoded, strict=True):
+    row[: len(ids)] = ids
+  each = np.repeat(np.arange(len(prompts)), _NUM_SAMPLES.value)
+  number = np.tile(np.arange(_NUM_SAMPLES.value), len(prompts))
+  try:
+    blocks = sample.stream(
+        run.task.model, run.params, tokens[each], lengths[each],
+        sampler=sampler.replace(filters=(ban, *sampler.filters)),
+        key=sample.row_keys(_SEED.value, (each << 16) + number),
+        max_new_tokens=_NUM_TOKENS.value, block_size=min(_BLOCK_SIZE, _NUM_TOKENS.value),
+        stop_tokens=(tokenizer.bos_id,), pad_id=tokenizer.pad_id)
+  except ValueError as e:
+    raise ValueError(f"--prompt or --num_tokens={_NUM_TOKENS.value} does not fit: {e}") from e
+  logger.info("Sampling from step %d of %s.", run.step, workdir)
+  titles = [f"prompt {p + 1}, sample {s + 1}" for p, s in zip(each, number, strict=True)]
+  drawn = _write(blocks, [prompts[p] for p in each], titles if len(titles) > 1 else [""], tokenizer)
+  if _OUTPUT.value:
+    with open(_OUTPUT.value, "w", encoding="utf-8") as f:
+      for p, s, fields in zip(each.tolist(), number.tolist(), drawn, strict=True):
+        line = {"prompt": prompts[p], "sample": s, **fields, "step": run.step, "seed": _SEED.value}
+        f.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _prompts() -> list[str]:
+  """The prompts of the flags; the empty one if there is none."""
+  path = _PROMPT_FILE.value
+  if path is None:
+    return _PROMPT.value or [""]
+  if _PROMPT.value:
+    raise ValueError("--prompt and --prompt_file are both given; choose one.")
+  try:
+    text = pathlib.Path(path).read_text("utf-8")
+    if not path.endswith(".jsonl"):
+      return [text.removesuffix("\n")]
+    prompts = [json.loads(line)["prompt"] for line in text.splitlines() if line.strip()]
+  except OSError as e:
+    raise ValueError(f"--prompt_file={path!r} cannot be read: {e.strerror}.") from e
+  except UnicodeDecodeError as e:
+    raise ValueError(f"--prompt_file={path!r} is not utf-8 at byte {e.start}; convert it.") from e
+  except (json.JSONDecodeError, KeyError, TypeError) as e:
+    raise ValueError(f'--prompt_file={path!r} needs {{"prompt": "..."}} on every line: {e}') from e
+  if not prompts or not all(isinstance(p, str) for p in prompts):
+    raise ValueError(f"--prompt_file={path!r} needs a line or more, with a string as its 'prompt'.")
+  return prompts
+
+
+def _sampler() -> sample.TokenSampler:
+  if _GREEDY.value:
+    useless = [f for f in (_TEMPERATURE, _TOP_K, _TOP_P, _MIN_P) if f.value is not None]
+    useless += [_NUM_SAMPLES] if _NUM_SAMPLES.value > 1 else []
+    for flag in useless:
+      raise ValueError(f"--{flag.name}={flag.value} has no meaning with --greedy; drop one of them.")
+  try:
+    return sample.token_sampler(
+        temperature=1.0 if _TEMPERATURE.value is None else _TEMPERATURE.value, top_k=_TOP_K.value,
+        top_p=_TOP_P.value, min_p=_MIN_P.value, repetition_penalty=_PENALTY.value,
+        greedy=_GREEDY.value)
+  except ValueError as e:
+    given = (_TEMPERATURE, _TOP_K, _TOP_P, _MIN_P, _PENALTY)
+    named = ", ".join(f"--{f.name}={f.value}" for f in given if f.value is not None)
+    raise ValueError(f"{named}: {e}.") from e
+
+
+class _Printer:
+  """Writes rows one below the other: the first that is not done as it grows, others behind it."""
+
+  def __init__(self, titles: list[str], prompts: list[str]):
+    self._pieces = [[f"--- {title}\n" * bool(title) + prompt]
+                    for title, prompt in zip(titles, prompts, strict=True)]
+    self._done = [False] * len(titles)
+    self._front = 0
+
+  def add(self, row: int, text: str, done: bool) -> None:
+    self._pieces[row].append(text)
+    self._done[row] = done
+
+  def show(self) -> None:
+    while self._front < len(self._pieces):
+      sys.stdout.write("".join(self._pieces[self._front]))
+      self._pieces[self._front].clear()
+      if not self._done[self._front]:
+        break
+      sys.stdout.write("\n")
+      self._front += 1
+    sys.stdout.flush()
+
+
+def _write(
+    blocks: Iterable[sample.Generated], prompts: list[str], titles: list[str], tokenizer: Tokenizer
+) -> list[dict]:
+  """Writes the text of blocks to stdout as they come; returns what there is to say of each row."""
+  printer = _Printer(titles, prompts)
+  # A character may be cut by a token or a block; its bytes wait in the decoder for the rest.
+  decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in prompts]
+  rows = [{"text": "", "tokens": [], "log_prob": 0.0, "finished": False} for _ in prompts]
+  start, width = time.monotonic(), 0
+  # A bar and a text on one terminal would write over each other.
+  with tqdm.tqdm(total=_NUM_TOKENS.value, unit="token", leave=False, file=sys.stderr,
+                 disable=True if _STREAM.value else None) as bar:
+    for block in blocks:
+      tokens, log_probs = np.asarray(block.tokens), np.asarray(block.log_probs)
+      lengths, finished = np.asarray(block.lengths), np.asarray(block.finished)
+      width += tokens.shape[1]
+      last = width >= _NUM_TOKENS.value
+      for r, row in enumerate(rows):
+        ids = tokens[r, :lengths[r]]
+        done = bool(finished[r] or last)
+        text = decoders[r].decode(tokenizer.decode_bytes(ids), final=done)
+        row["text"] += text
+        row["tokens"] += ids.tolist()
+        row["log_prob"] += float(log_probs[r].sum())
+        row["finished"] = bool(finished[r])
+        printer.add(r, text, done)
+      if _STREAM.value:
+        printer.show()
+      bar.update(tokens.shape[1])
+  printer.show()
+  seconds = time.monotonic() - start
+  count = sum(len(row["tokens"]) for row in rows)
+  logger.info("%d tokens in %.1f s (%.1f tokens/s, compilation included).", count, seconds,
+              count / seconds)
+  return rows
+
+
+if __name__ == "__main__":
+  app.run(main, config_required=False, flag_names=[f.name for f in _FLAGS])

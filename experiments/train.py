@@ -1,0 +1,10 @@
+"""Trains a model, or goes on training it.
+
+  python -m experiments.train --config=experiments/configs/quickstart.py --workdir=/tmp/run
+"""
+
+from latentlab import app
+from latentlab.train import loop
+
+if __name__ == "__main__":
+  app.run(loop.train)

@@ -1,0 +1,9 @@
+"""Data: corpora, tokenizers, token files, synthetic tasks, and batches served by Grain."""
+
+from latentlab.data.batches import Batch, Data, build
+from latentlab.data.packing import pack
+from latentlab.data.prepare import DataConfig
+from latentlab.data.tokenizers import BPETokenizer, ByteTokenizer, Tokenizer
+
+__all__ = ["BPETokenizer", "Batch", "ByteTokenizer", "Data", "DataConfig", "Tokenizer", "build",
+           "pack"]

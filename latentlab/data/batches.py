@@ -1,0 +1,289 @@
+"""Batches of packed windows, served by Grain.
+
+Record `i` of a training dataset is the whole `i`-th global batch, or this process's rows of it.
+An iterator's state is therefore one number, the same on every process and for every number of
+processes, and a saved run may resume on another machine. Windows are visited in an order that
+changes with every epoch and is computed, not stored: Grain's `index_shuffle` is a permutation of
+`[0, n)` that answers for one index at a time, so any batch can be made without the ones before it.
+"""
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Mapping
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+import grain
+import numpy as np
+
+from latentlab.data import packing, prepare, synthetic, tokenizers
+from latentlab.data.prepare import DataConfig
+
+Batch: TypeAlias = dict[str, np.ndarray]
+"""inputs, targets, positions, segment_ids (int32) and weights (float32), each `[b, T]`."""
+
+# A record is a whole batch: two threads and a few records ahead hide its making.
+_READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+
+
+@runtime_checkable
+class Rows(Protocol):
+  """A split as numbered rows; row numbers at `num_rows` or above are padding."""
+
+  num_rows: int
+
+  def order(self, indices: np.ndarray, seed: int) -> np.ndarray:
+    """Row numbers that training visits at the places `indices` of its endless sequence."""
+
+  def rows(self, indices: np.ndarray) -> Batch: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+  """Consecutive windows of `seq_length` targets over a split's tokens.
+
+  Attributes:
+    tokens: The split's tokens.
+    tokenizer: Knows `<bos>` and padding.
+    seq_length: `T`.
+    packing: See `DataConfig`.
+    keep_tail: Count the last, partial window too (evaluation sees every token; training does not).
+  """
+
+  tokens: np.ndarray
+  tokenizer: tokenizers.Tokenizer
+  seq_length: int
+  packing: str
+  keep_tail: bool
+
+  @property
+  def num_rows(self) -> int:
+    targets = max(len(self.tokens) - 1, 0)
+    return -(-targets // self.seq_length) if self.keep_tail else targets // self.seq_length
+
+  def order(self, indices: np.ndarray, seed: int) -> np.ndarray:
+    n = self.num_rows
+    out = np.empty(len(indices), np.int64)
+    for j, index in enumerate(indices.tolist()):
+      epoch, place = divmod(index, n)
+      out[j] = grain.experimental.index_shuffle(
+          place, max_index=n - 1, seed=_epoch_seed(seed, epoch), rounds=4)
+    return out
+
+  def rows(self, indices: np.ndarray) -> Batch:
+    begin = indices[:, None] * self.seq_length
+    places = begin + np.arange(self.seq_length + 1)
+    inside = places < len(self.tokens)
+    ids = self.tokens[np.where(inside, places, 0)].astype(np.int32)
+    ids = np.where(inside, ids, self.tokenizer.pad_id)
+    inputs, targets, valid = ids[:, :-1], ids[:, 1:], inside[:, 1:]
+    starts = (inputs == self.tokenizer.bos_id) & valid
+    if self.packing == "stream":
+      starts = np.zeros_like(starts)
+    segment_ids, positions = packing.segments(starts)
+    # What follows a document's end is chance, so another document's <bos> is nobody's target.
+    weights = valid & (targets != self.tokenizer.bos_id)
+    return _batch(inputs, targets, np.where(valid, positions, 0), segment_ids * valid, weights)
+
+  def raw_bytes(self, indices: np.ndarray | None = None) -> bytes:
+    """The bytes of the tokens that the given windows cover, in corpus order, each once."""
+    if indices is None:
+      return self.tokenizer.decode_bytes(self.tokens)
+    seen = np.zeros(len(self.tokens), bool)
+    for begin in np.unique(indices[indices < self.num_rows]) * self.seq_length:
+      seen[begin:begin + self.seq_length + 1] = True
+    return self.tokenizer.decode_bytes(self.tokens[seen])
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """A synthetic task; row `i` depends on `stream` and `i` alone."""
+
+  name: str
+  tokenizer: tokenizers.Tokenizer
+  seq_length: int
+  stream: int
+  num_rows: int
+
+  def order(self, indices: np.ndarray, seed: int) -> np.ndarray:
+    return indices + (seed << 30)  # Every seed has rows of its own.
+
+  def rows(self, indices: np.ndarray) -> Batch:
+    ids = np.full((len(indices), self.seq_length + 1), self.tokenizer.pad_id, np.int32)
+    ids[:, 0] = self.tokenizer.bos_id
+    answers = np.zeros(ids.shape, bool)
+    lengths = np.zeros(len(indices), np.int64)
+    for j, index in enumerate(indices.tolist()):
+      if index >= self.num_rows:
+        continue
+      rng = np.random.default_rng((self.stream, index))
+      symbols, asked = synthetic.TASKS[self.name](rng, self.seq_length)
+      ids[j, 1:len(symbols) + 1] = symbols
+      answers[j, 1:len(symbols) + 1] = asked
+      lengths[j] = len(symbols)
+    valid = np.arange(self.seq_length) < lengths[:, None]
+    positions = np.where(valid, np.arange(self.seq_length), 0)
+    return _batch(ids[:, :-1], ids[:, 1:], positions, valid, answers[:, 1:])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+  """Grain's random access to a process's rows of global batches."""
+
+  rows: Rows
+  batch_size: int
+  process_index: int
+  process_count: int
+  num_batches: int
+  seed: int | None = None  # `None` visits rows as they are numbered.
+
+  def __len__(self) -> int:
+    return self.num_batches
+
+  def __getitem__(self, index: int) -> Batch:
+    b = self.batch_size // self.process_count
+    begin = index * self.batch_size + self.process_index * b
+    indices = np.arange(begin, begin + b)
+    return self.rows.rows(indices if self.seed is None else self.rows.order(indices, self.seed))
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """A corpus or task, ready to train on.
+
+  Attributes:
+    tokenizer: Its vocabulary is the model's.
+    splits: "train" and, if there is one, "validation"; what `eval_batches` accepts.
+    training: The rows that training visits.
+    batch_size: Sequences of a global batch.
+    process_index: This process.
+    process_count: All processes; each makes `batch_size / process_count` rows.
+    summary: What the corpus is: digests, and raw bytes, tokens, documents and windows by split.
+  """
+
+  tokenizer: tokenizers.Tokenizer
+  splits: Mapping[str, Rows]
+  training: Rows
+  batch_size: int
+  process_index: int
+  process_count: int
+  summary: Mapping[str, Any]
+
+  def train_iterator(self, seed: int) -> grain.DatasetIterator[Batch]:
+    """Training batches without end; `get_state` is the number of batches given out."""
+    if not 0 <= seed < 2**32:
+      raise ValueError(f"{seed=} is not in [0, 2**32).")
+    endless = sys.maxsize // (2 * self.batch_size)
+    return iter(self._dataset(self.training, endless, seed).to_iter_dataset(_READ_OPTIONS))
+
+  def eval_batches(self, split: str, max_batches: int | None = None) -> grain.IterDataset[Batch]:
+    """A split's batches in corpus order, once, every target once; the last is padded.
+
+    Documents lie in a random order, so the first `max_batches` are a fair sample.
+    """
+    num_batches = -(-self._split(split).num_rows // self.batch_size)
+    if max_batches is not None:
+      num_batches = min(num_batches, max_batches)
+    return self._dataset(self._split(split), num_batches).to_iter_dataset(_READ_OPTIONS)
+
+  def raw_bytes(self, split: str, max_batches: int | None = None) -> bytes:
+    """The raw bytes of a split, or of what `eval_batches(split, max_batches)` shows of it."""
+    windows = self._windows(self._split(split))
+    if max_batches is None:
+      return windows.raw_bytes()
+    return windows.raw_bytes(np.arange(max_batches * self.batch_size))
+
+  def seen_bytes(self, num_batches: int, seed: int) -> bytes:
+    """The raw bytes that the first `num_batches` of `train_iterator(seed)` showed, each once."""
+    windows = self._windows(self.training)
+    # The first epoch sees every window.
+    count = min(num_batches * self.batch_size, windows.num_rows)
+    return windows.raw_bytes(windows.order(np.arange(count), seed))
+
+  def _split(self, name: str) -> Rows:
+    if name not in self.splits:
+      raise ValueError(f"split={name!r} does not exist; choose from {sorted(self.splits)}"
+                       " (data.validation_fraction=0 makes no validation split).")
+    return self.splits[name]
+
+  def _windows(self, rows: Rows) -> Windows:
+    if not isinstance(rows, Windows):
+      raise ValueError("data.source='synthetic' has no raw bytes; use a corpus.")
+    return rows
+
+  def _dataset(self, rows: Rows, num_batches: int, seed: int | None = None) -> grain.MapDataset:
+    return grain.MapDataset.source(_Source(
+        rows, self.batch_size, self.process_index, self.process_count, num_batches, seed))
+
+
+def build(
+    data_config: Mapping[str, Any] | DataConfig,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Data:
+  """Makes or finds the corpus and checks that it can be trained on.
+
+  Args:
+    data_config: The fields of `DataConfig`.
+    batch_size: Sequences of a global batch.
+    process_index: This process.
+    process_count: All processes.
+
+  Raises:
+    ValueError: the corpus, or its fit with the fields, is bad.
+  """
+  config = DataConfig.of(data_config)
+  if batch_size < 1 or batch_size % process_count:
+    raise ValueError(f"batch_size={batch_size} must be a positive multiple of {process_count=}.")
+  place = (batch_size, process_index, process_count)
+  if config.source == "synthetic":
+    return _synthetic(config, *place)
+  file = prepare.prepare(config, progress=process_index == 0)
+  make = functools.partial(Windows, tokenizer=file.tokenizer, seq_length=config.seq_length,
+                           packing=config.packing)
+  training = make(tokens=file.split("train"), keep_tail=False)
+  if not training.num_rows:
+    raise ValueError(f"data.seq_length={config.seq_length} is longer than the training split of "
+                     f"{str(file.path)!r}, which has {len(training.tokens)} tokens; shorten it or "
+                     "use more text.")
+  # A document of no text is a lone <bos>, which has no target.
+  splits = {name: make(tokens=file.split(name), keep_tail=True) for name in file.splits}
+  splits = {name: rows for name, rows in splits.items() if rows.num_rows}
+  summary = file.summary | {"train_windows": training.num_rows}
+  return Data(file.tokenizer, splits, training, *place, summary=summary)
+
+
+def _synthetic(config: DataConfig, *place: int) -> Data:
+  if config.task not in synthetic.TASKS:
+    raise ValueError(f"data.task={config.task!r} is unknown; choose from {list(synthetic.TASKS)}.")
+  if config.tokenizer not in ("", "bytes") or config.vocab_size not in (
+      0, tokenizers.ByteTokenizer.vocab_size):
+    raise ValueError(f"data.source='synthetic' is made of bytes: data.tokenizer="
+                     f"{config.tokenizer!r} and data.vocab_size={config.vocab_size} must be 'bytes'"
+                     " and 0.")
+  if config.seq_length < synthetic.SHORTEST:
+    raise ValueError(f"data.seq_length={config.seq_length} is too short for a synthetic task; it "
+                     f"needs at least {synthetic.SHORTEST}.")
+  tokenizer = tokenizers.ByteTokenizer()
+  make = functools.partial(Task, config.task, tokenizer, config.seq_length)
+  splits = {"train": make(stream=0, num_rows=1024), "validation": make(stream=1, num_rows=1024)}
+  summary = {"corpus": config.task, "tokenizer": tokenizer.kind,
+             "vocab_size": tokenizer.vocab_size}
+  return Data(tokenizer, splits, make(stream=0, num_rows=sys.maxsize), *place, summary=summary)
+
+
+def _batch(inputs, targets, positions, segment_ids, weights) -> Batch:
+  return {
+      "inputs": np.ascontiguousarray(inputs, np.int32),
+      "targets": np.ascontiguousarray(targets, np.int32),
+      "positions": np.ascontiguousarray(positions, np.int32),
+      "segment_ids": np.ascontiguousarray(segment_ids, np.int32),
+      "weights": np.ascontiguousarray(weights, np.float32),
+  }
+
+
+@functools.lru_cache(maxsize=64)
+def _epoch_seed(seed: int, epoch: int) -> int:
+  """32 bits, unrelated between epochs and between neighbouring seeds."""
+  return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])

@@ -1,0 +1,90 @@
+"""Loss on held-out text: nats per token, perplexity, bits per byte, and the loss by position."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from latentlab.data import Data
+from latentlab.typing import Array, Float, Params
+
+
+class Evaluator:
+  """Perplexity of a language model on a split.
+
+  Every weighted target counts once, whatever the mesh and the number of processes. Bits per byte
+  divide by the raw bytes of those targets, so they compare across tokenizers.
+  """
+
+  def __init__(
+      self,
+      task: Any,
+      data: Data,
+      compile: Callable[[Callable[..., Any]], Callable[..., Any]],
+      *,
+      split: str = "validation",
+      max_batches: int | None = None,
+      num_buckets: int = 4,
+  ):
+    """Checks the fields; nothing is compiled before the first run.
+
+    Args:
+      task: Its `model` has a method `token_losses`.
+      data: Holds the split.
+      compile: See `runner.Compile`.
+      split: Of the data.
+      max_batches: How many of its batches to read; all if `None` or 0.
+      num_buckets: Equal ranges of positions whose losses are reported as `position_<first>_<last>`.
+    """
+    self._batches = data.eval_batches(split, max_batches or None)
+    self._byte_lengths = np.asarray(data.tokenizer.byte_lengths, np.float32)
+    self._model = task.model
+    if num_buckets < 1:
+      raise ValueError(f"{num_buckets=} of a perplexity evaluation must be at least 1.")
+    self._num_buckets = num_buckets
+    self._sums = compile(self._batch_sums)
+
+  def run(self, params: Params) -> Iterator[tuple[str, float]]:
+    """Yields `loss`, `perplexity`, `bits_per_byte`, and the loss by position."""
+    totals, pending, length = None, None, 0
+    for batch in self._batches:
+      length = batch["inputs"].shape[1]
+      sums = self._sums(params, batch)
+      # One batch behind: the device is never idle, and never has more than two batches queued.
+      totals, pending = _add(totals, pending), sums
+    totals = _add(totals, pending)
+    if totals is None or not totals["weight"].sum():
+      raise ValueError("A perplexity evaluation found no target with a weight in its batches.")
+    loss = totals["nll"].sum() / totals["weight"].sum()
+    yield "loss", float(loss)
+    yield "perplexity", math.exp(min(loss, 700.0))  # The largest that a float holds.
+    if totals["bytes"]:
+      yield "bits_per_byte", float(totals["nll"].sum() / (math.log(2) * totals["bytes"]))
+    edges = [-(-i * length // self._num_buckets) for i in range(self._num_buckets + 1)]
+    for i, (nll, weight) in enumerate(zip(totals["nll"], totals["weight"], strict=True)):
+      if weight:
+        yield f"position_{edges[i]}_{edges[i + 1] - 1}", float(nll / weight)
+
+  def _batch_sums(self, params: Params, batch: Mapping[str, Array]) -> dict[str, Array]:
+    weights: Float[Array, "B T"] = batch["weights"]
+    nll = self._model.apply(
+        {"params": params}, batch["inputs"], batch["targets"], positions=batch["positions"],
+        segment_ids=batch["segment_ids"], method="token_losses")
+    bucket = batch["positions"] * self._num_buckets // weights.shape[1]
+    inside = bucket == jnp.arange(self._num_buckets)[:, None, None]
+    return {
+        "nll": jnp.where(inside, nll * weights, 0.0).sum((1, 2)),
+        "weight": jnp.where(inside, weights, 0.0).sum((1, 2)),
+        "bytes": (jnp.asarray(self._byte_lengths)[batch["targets"]] * weights).sum(),
+    }
+
+
+def _add(totals: dict[str, Any] | None, sums: dict[str, Any] | None) -> dict[str, Any] | None:
+  """Adds a batch's sums in float64."""
+  if sums is None:
+    return totals
+  sums = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(sums))
+  return sums if totals is None else jax.tree.map(np.add, totals, sums)

@@ -1,0 +1,79 @@
+"""Evaluations by name, as `config.evals` lists them.
+
+An evaluator is a module with a class `Evaluator(task, data, compile, **fields)` whose
+`run(params)` yields `(name, value)` pairs.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+from latentlab.data import Data
+from latentlab.eval import perplexity
+from latentlab.typing import Params
+
+EVALUATORS = {"perplexity": perplexity}
+
+Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
+"""Compiles `(params, batch) -> arrays` for a layout; takes this process's rows as NumPy arrays."""
+
+
+class Evaluator(Protocol):
+  """Measures parameters."""
+
+  def run(self, params: Params) -> Iterator[tuple[str, float]]:
+    """Yields `(metric, value)`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """An evaluator and when to run it.
+
+  Attributes:
+    name: Its key in `config.evals`.
+    evaluator: Runs it.
+    every_steps: Its period; the end of training always counts too.
+  """
+
+  name: str
+  evaluator: Evaluator
+  every_steps: int
+
+  def run(self, params: Params) -> dict[str, float]:
+    """Metrics by `<name>/<metric>`."""
+    return {f"{self.name}/{metric}": value for metric, value in self.evaluator.run(params)}
+
+
+def build(evals: Mapping[str, Any], task: Any, data: Data, compile: Compile) -> list[Evaluation]:
+  """Builds the evaluations of a config.
+
+  Args:
+    evals: By name: `type`, a key of `EVALUATORS`; `every_steps`; and that evaluator's fields.
+    task: What is trained.
+    data: Where its splits come from.
+    compile: Compiles for the layout of the parameters.
+
+  Returns:
+    The evaluations, none of them compiled yet.
+
+  Raises:
+    ValueError: a type or field is unknown, or a field's value is bad.
+  """
+  built = []
+  for name, section in evals.items():
+    fields = dict(section)
+    kind, every_steps = fields.pop("type", None), fields.pop("every_steps", None)
+    where = f"config.evals.{name}"
+    if kind not in EVALUATORS:
+      raise ValueError(f"{where}.type={kind!r} is unknown; choose one of {sorted(EVALUATORS)}.")
+    if not isinstance(every_steps, int) or every_steps < 1:
+      raise ValueError(f"{where}.{every_steps=} must be a positive number of steps.")
+    evaluator = EVALUATORS[kind].Evaluator
+    known = [p.name for p in inspect.signature(evaluator).parameters.values()
+             if p.kind is p.KEYWORD_ONLY]
+    if unknown := sorted(set(fields) - set(known)):
+      raise ValueError(f"{where} has unknown fields {unknown}; choose among "
+                       f"{['type', 'every_steps', *known]}.")
+    built.append(Evaluation(name, evaluator(task, data, compile, **fields), every_steps))
+  return built

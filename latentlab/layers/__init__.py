@@ -1,0 +1,37 @@
+"""Linen modules that models are made of, and the caches that pass through them."""
+
+from latentlab.layers.attention import Attention, AttentionConfig
+from latentlab.layers.cache import Cache, DecoderCache, KVCache, RetentionState
+from latentlab.layers.common import Context, Shared
+from latentlab.layers.decoder import Block, BlockConfig, Decoder, DecoderConfig, MixerConfig, Stage
+from latentlab.layers.embedding import Embedder, VocabHead
+from latentlab.layers.feed_forward import FeedForward, FeedForwardConfig
+from latentlab.layers.norms import HeadNorm, residual_norm
+from latentlab.layers.positions import PositionConfig
+from latentlab.layers.retention import MultiScaleRetention, RetentionConfig
+
+__all__ = [
+  "Attention",
+  "AttentionConfig",
+  "Block",
+  "BlockConfig",
+  "Cache",
+  "Context",
+  "Decoder",
+  "DecoderCache",
+  "DecoderConfig",
+  "Embedder",
+  "FeedForward",
+  "FeedForwardConfig",
+  "HeadNorm",
+  "KVCache",
+  "MixerConfig",
+  "MultiScaleRetention",
+  "PositionConfig",
+  "RetentionConfig",
+  "RetentionState",
+  "Shared",
+  "Stage",
+  "VocabHead",
+  "residual_norm",
+]

@@ -1,0 +1,109 @@
+"""Multi-head softmax attention with shared key/value heads, any mask, and a key/value cache."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from latentlab import ops
+from latentlab.layers.cache import KVCache
+from latentlab.layers.common import Context, Shared, heads_projection, output_projection
+from latentlab.layers.positions import PositionConfig
+from latentlab.typing import Array, DTypeLike, Float
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+  """Softmax attention as a token mixer.
+
+  Attributes:
+    num_heads: Query heads `N`.
+    head_dim: Query and key head size `H`.
+    num_kv_heads: Key and value heads `K`; `N` if `None`.
+    positions: Position scheme.
+    mask: Which keys a query sees by position.
+  """
+
+  kind: ClassVar[str] = "attention"
+
+  num_heads: int
+  head_dim: int
+  num_kv_heads: int | None = None
+  positions: PositionConfig = PositionConfig()
+  mask: ops.Mask = ops.Mask("causal")
+
+  def __post_init__(self):
+    if self.num_heads % self.kv_heads:
+      raise ValueError(
+        f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
+      )
+
+  @property
+  def kv_heads(self) -> int:
+    return self.num_kv_heads or self.num_heads
+
+  def module(self, shared: Shared, *, name: str) -> nn.Module:
+    return Attention(config=self, shared=shared, name=name)
+
+  def init_cache(self, batch_size: int, max_length: int, dtype: DTypeLike) -> KVCache:
+    return KVCache.empty(
+      batch_size, max_length, self.kv_heads, self.head_dim, self.head_dim, dtype
+    )
+
+  def flops_per_token(self, embed_dim: int, seq_length: int) -> float:
+    """Forward matmul flops; a causal query sees half of the keys on average."""
+    projections = 2 * embed_dim * self.head_dim * 2 * (self.num_heads + self.kv_heads)
+    seen = seq_length / 2
+    if self.mask.kind == "sliding_window":
+      seen = min(seen, self.mask.size)
+    elif self.mask.kind == "blockwise_causal":
+      seen = min(seen, 1.5 * self.mask.size)
+    return projections + 4 * seen * self.num_heads * self.head_dim
+
+
+class Attention(nn.Module):
+  """Softmax attention.
+
+  Attributes:
+    config: What it computes.
+    shared: What it shares with the other layers.
+  """
+
+  config: AttentionConfig
+  shared: Shared
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "B T D"], context: Context, cache: KVCache | None = None
+  ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+    c = self.config
+    q = heads_projection(self.shared, c.num_heads, c.head_dim, name="q_proj")(x)
+    k, v = (
+      heads_projection(self.shared, c.kv_heads, c.head_dim, heads_axis="kv_heads", name=name)(x)
+      for name in ("k_proj", "v_proj")
+    )
+    q, k = c.positions.rotate(q, k * c.head_dim**-0.5, context.positions)
+    q = nn.with_logical_constraint(q, ("act_batch", "act_length", "act_heads", None))
+    # With the length sharded, queries stay where they are and every device gathers the keys.
+    k, v = (nn.with_logical_constraint(z, ("act_batch", None, "act_kv_heads", None)) for z in (k, v))
+
+    if cache is None:
+      keys = dict(kv_positions=context.positions, kv_segment_ids=context.segment_ids)
+      keys["kv_valid"] = context.valid
+    else:
+      cache = cache.append(k, v, context.positions, context.lengths)
+      k, v = cache.k.astype(q.dtype), cache.v.astype(q.dtype)
+      keys = dict(kv_positions=cache.positions, kv_valid=cache.valid)
+    out = ops.attention(
+      q, k, v, mask=c.mask, positions=context.positions, segment_ids=context.segment_ids,
+      allowed=context.allowed, key_bias=context.key_bias,
+      slopes=ops.alibi_slopes(c.num_heads) if c.positions.kind == "alibi" else None, **keys,
+    )
+    if cache is not None:
+      # Shapes cannot say that a row is full, and a token dropped in silence would go unnoticed.
+      out = jnp.where(cache.overflowed[:, None, None, None], jnp.nan, out)
+    out = nn.with_logical_constraint(
+      out.astype(self.shared.dtype), ("act_batch", "act_length", "act_heads", None)
+    )
+    return output_projection(self.shared)(out), cache

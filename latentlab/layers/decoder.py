@@ -1,0 +1,297 @@
+"""The one decoder: stages of a repeated pattern of blocks, each a mixer and a feed-forward.
+
+`(embeddings, positions, segment_ids, cache) -> (hidden, cache)`; embedding and heads are outside.
+A model is a configuration of this module: what mixes tokens, how positions enter, which norm and
+which feed-forward are choices of each block. Parameters of a stage are stacked over its repeats and
+scanned, so that a deep model compiles as fast as a shallow one; on a CPU the scan is unrolled, which
+changes no parameter and hence no checkpoint.
+"""
+
+import dataclasses
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from latentlab.layers import initializers
+from latentlab.layers.cache import Cache, DecoderCache
+from latentlab.layers.common import Context, Shared
+from latentlab.layers.feed_forward import FeedForward, FeedForwardConfig
+from latentlab.layers.norms import NORMS, residual_norm
+from latentlab.layers.positions import PositionConfig
+from latentlab.typing import Array, Bool, DTypeLike, Float, Int
+from pallas_kernels.common import target_platform
+
+REFUSED = {
+  ("retention", "alibi"): "ALiBi biases a softmax score; retention has none, and decays by itself",
+  ("retention", "xpos"): "retention collapsed xPos's decay to one scalar a head; both would decay "
+  "twice: use rope",
+}
+"""Pairs (mixer, position scheme) that mean nothing, and why. All others compose."""
+
+REMAT_POLICIES = {
+  "none": None,
+  "full": jax.checkpoint_policies.nothing_saveable,
+  "dots": jax.checkpoint_policies.dots_saveable,
+  "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class MixerConfig(Protocol):
+  """What the decoder asks of a token mixer: any frozen dataclass with these will do."""
+
+  kind: str
+  positions: PositionConfig
+
+  def module(self, shared: Shared, *, name: str) -> nn.Module:
+    """A module with `(x, context, cache) -> (y, cache)`."""
+
+  def init_cache(self, batch_size: int, max_length: int, dtype: DTypeLike) -> Cache:
+    """What it remembers before the first token."""
+
+  def flops_per_token(self, embed_dim: int, seq_length: int) -> float:
+    """Matmul flops of a forward pass, per token."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockConfig:
+  """One block: `x + mixer(norm(x))`, then `x + feed_forward(norm(x))`.
+
+  Attributes:
+    mixer: Token mixer.
+    feed_forward: Feed-forward.
+    norm: Norm before each branch.
+  """
+
+  mixer: MixerConfig
+  feed_forward: FeedForwardConfig
+  norm: str = "rms"
+
+  def __post_init__(self):
+    if self.norm not in NORMS:
+      raise ValueError(f"unknown norm {self.norm!r}; choose one of {NORMS}")
+    pair = (self.mixer.kind, self.mixer.positions.kind)
+    if pair in REFUSED:
+      raise ValueError(f"mixer {pair[0]!r} with positions {pair[1]!r}: {REFUSED[pair]}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """A pattern of blocks, repeated; parameters are stacked over the repeats.
+
+  Attributes:
+    pattern: The blocks of one repeat, in order.
+    repeats: How often the pattern is run.
+  """
+
+  pattern: tuple[BlockConfig, ...]
+  repeats: int
+
+  def __post_init__(self):
+    if not self.pattern or self.repeats < 1:
+      raise ValueError(f"a stage has a block and runs once at least, got {self!r}")
+
+  @property
+  def num_layers(self) -> int:
+    return len(self.pattern) * self.repeats
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+  """A decoder.
+
+  Attributes:
+    embed_dim: Width `D` of the residual stream.
+    stages: What it runs, in order.
+    final_norm: Norm after the last block.
+    dtype: Dtype of activations and matmuls (parameters are float32).
+    init: Initialisation scheme, a name of `initializers.SCHEMES`.
+    norm_eps: Epsilon of the norms on the residual stream.
+    dropout_rate: Dropout of each branch.
+    remat: What the backward pass keeps, a name of `REMAT_POLICIES`.
+    unroll: Repeats of a stage unrolled in one step of its scan; `None` unrolls all of them on a CPU,
+      where XLA spreads a loop poorly over cores, and none elsewhere.
+  """
+
+  embed_dim: int
+  stages: tuple[Stage, ...]
+  final_norm: str = "rms"
+  dtype: DTypeLike = jnp.float32
+  init: str = "normal"
+  norm_eps: float = 1e-6
+  dropout_rate: float = 0.0
+  remat: str = "none"
+  unroll: int | None = None
+
+  def __post_init__(self):
+    if self.remat not in REMAT_POLICIES:
+      raise ValueError(f"unknown remat {self.remat!r}; choose one of {sorted(REMAT_POLICIES)}")
+    if not 0.0 <= self.dropout_rate < 1.0:
+      raise ValueError(f"dropout_rate={self.dropout_rate} is not in [0, 1)")
+
+  @property
+  def num_layers(self) -> int:
+    return sum(stage.num_layers for stage in self.stages)
+
+  @property
+  def initializers(self) -> initializers.Initializers:
+    return initializers.make(self.init, num_layers=self.num_layers, embed_dim=self.embed_dim)
+
+  def init_cache(self, batch_size: int, max_length: int) -> DecoderCache:
+    """An empty cache with room for `max_length` tokens a row."""
+
+    def stacked(block: BlockConfig, repeats: int) -> Cache:
+      cache = block.mixer.init_cache(batch_size, max_length, self.dtype)
+      return jax.tree.map(lambda x: jnp.broadcast_to(x, (repeats, *x.shape)), cache)
+
+    return DecoderCache(
+      lengths=jnp.zeros((batch_size,), jnp.int32),
+      stages=tuple(
+        tuple(stacked(block, stage.repeats) for block in stage.pattern) for stage in self.stages
+      ),
+    )
+
+  def flops_per_token(self, seq_length: int) -> float:
+    """Matmul flops of a forward pass over `seq_length` tokens, per token."""
+    return sum(
+      stage.repeats
+      * (
+        block.mixer.flops_per_token(self.embed_dim, seq_length)
+        + block.feed_forward.flops_per_token(self.embed_dim)
+      )
+      for stage in self.stages
+      for block in stage.pattern
+    )
+
+
+class Block(nn.Module):
+  """Pre-norm residual block: a token mixer, then a feed-forward.
+
+  Attributes:
+    config: Its parts.
+    shared: What it shares with the other blocks.
+  """
+
+  config: BlockConfig
+  shared: Shared
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "B T D"], context: Context, cache: Cache | None
+  ) -> tuple[Float[Array, "B T D"], Cache | None]:
+    c, shared = self.config, self.shared
+    dropout = nn.Dropout(shared.dropout_rate, deterministic=shared.deterministic)
+    y = residual_norm(c.norm, shared, name="mixer_norm")(x)
+    y, cache = c.mixer.module(shared, name="mixer")(y, context, cache)
+    x = x + dropout(y)
+    y = residual_norm(c.norm, shared, name="feed_forward_norm")(x)
+    y = FeedForward(c.feed_forward, shared, name="feed_forward")(y)
+    x = x + dropout(y)
+    return nn.with_logical_constraint(x, ("act_batch", "act_length", "act_embed")), cache
+
+
+class Pattern(nn.Module):
+  """One repeat of a stage: the body of its scan.
+
+  Attributes:
+    blocks: The blocks, in order.
+    shared: What they share.
+    policy: Remat policy of each block; `None` keeps everything.
+  """
+
+  blocks: tuple[BlockConfig, ...]
+  shared: Shared
+  remat: str
+
+  @nn.compact
+  def __call__(self, x, caches, first_layer, context):
+    block = Block
+    if self.remat != "none":
+      block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+    updated = []
+    for i, config in enumerate(self.blocks):
+      here = context.replace(layer=first_layer + i)
+      cache = caches[i] if caches is not None else None
+      x, cache = block(config, self.shared, name=f"block_{i}")(x, here, cache)
+      updated.append(cache)
+    return x, tuple(updated) if caches is not None else None
+
+
+class Decoder(nn.Module):
+  """The decoder.
+
+  Attributes:
+    config: What it is made of.
+  """
+
+  config: DecoderConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, "B T D"],
+    positions: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    cache: DecoderCache | None = None,
+    *,
+    lengths: Int[Array, " B"] | None = None,
+    allowed: Bool[Array, "#B T S"] | None = None,
+    key_bias: Float[Array, "B S"] | None = None,
+    deterministic: bool = True,
+  ) -> tuple[Float[Array, "B T D"], DecoderCache | None]:
+    """Runs `T` tokens, after those that `cache` has seen.
+
+    Args:
+      x: Embeddings.
+      positions: Position of each token; counted on from the cache, or from 0, if `None`.
+      segment_ids: Packed documents, for passes without a cache.
+      cache: What was seen before; `None` outside of generation.
+      lengths: Valid tokens of this pass per row (right padding); all if `None`.
+      allowed: Keys a query may see at all; see `Context`.
+      key_bias: Added to the scores of each key; see `Context`.
+      deterministic: Whether dropout is off; if not, `apply` needs a `dropout` key.
+
+    Returns:
+      Normed hidden vectors, and the cache after the last valid token (`None` if none was given).
+
+    Raises:
+      ValueError: `segment_ids` with a cache.
+    """
+    c = self.config
+    if cache is not None and segment_ids is not None:
+      raise ValueError("packed documents and a cache do not mix: decode one document a row")
+    batch_size, num_tokens, _ = x.shape
+    if positions is None:
+      positions = jnp.broadcast_to(jnp.arange(num_tokens, dtype=jnp.int32), x.shape[:2])
+      if cache is not None:
+        positions = positions + cache.lengths[:, None]
+    context = Context(positions, segment_ids, lengths, allowed, key_bias)
+    shared = Shared(
+      c.embed_dim, c.dtype, c.initializers, c.norm_eps, c.dropout_rate, deterministic
+    )
+    x = nn.Dropout(c.dropout_rate, deterministic=deterministic)(x)
+
+    stages, first_layer = [], 0
+    for i, stage in enumerate(c.stages):
+      unroll = c.unroll or (stage.repeats if target_platform() == "cpu" else 1)
+      scanned = nn.scan(
+        Pattern,
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=(0, 0, nn.broadcast),
+        out_axes=0,
+        length=stage.repeats,
+        unroll=min(unroll, stage.repeats),
+        metadata_params={nn.PARTITION_NAME: "layers"},
+      )(stage.pattern, shared, c.remat, name=f"stage_{i}")
+      layers = first_layer + jnp.arange(stage.repeats) * len(stage.pattern)
+      x, updated = scanned(x, cache.stages[i] if cache is not None else None, layers, context)
+      stages.append(updated)
+      first_layer += stage.num_layers
+
+    x = residual_norm(c.final_norm, shared, name="final_norm")(x)
+    if cache is not None:
+      seen = num_tokens if lengths is None else lengths
+      cache = DecoderCache(lengths=cache.lengths + seen, stages=tuple(stages))
+    return x, cache

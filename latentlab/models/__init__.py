@@ -1,0 +1,22 @@
+"""One file per paper: presets of the one decoder, and what is truly that paper's own."""
+
+from latentlab.models import retnet, transformer
+from latentlab.models.language_model import (
+  LanguageModel, LanguageModelConfig, Output, decode_step, flops_per_token, init_cache, num_params,
+  prefill,
+)
+from latentlab.models.registry import build_config
+
+__all__ = [
+  "LanguageModel",
+  "LanguageModelConfig",
+  "Output",
+  "build_config",
+  "decode_step",
+  "flops_per_token",
+  "init_cache",
+  "num_params",
+  "prefill",
+  "retnet",
+  "transformer",
+]

@@ -1,0 +1,242 @@
+"""A language model: embedding, the decoder, and a vocabulary head.
+
+The module is pure: `init` and `apply` take and return plain pytrees. Generation goes through three
+functions over it, `init_cache`, `prefill` and `decode_step`, whose cache is a value like any other.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+
+from latentlab import ops
+from latentlab.layers import Decoder, DecoderCache, DecoderConfig, Embedder, VocabHead
+from latentlab.layers.positions import EMBEDDING_SCHEMES
+from latentlab.typing import Array, Bool, Float, Int, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModelConfig:
+  """A language model.
+
+  Attributes:
+    decoder: The decoder.
+    vocab_size: Tokens.
+    positions: Position scheme of the embedding: `none`, `sinusoidal` or `learned`.
+    max_length: Positions that `learned` has vectors for.
+    scale_embeddings: Whether embeddings are multiplied by `sqrt(D)`.
+    tie_embeddings: Whether the head is the embedding's transpose.
+    loss_chunk_size: Vocabulary entries whose logits the loss holds at once; all if `None`.
+  """
+
+  decoder: DecoderConfig
+  vocab_size: int
+  positions: str = "none"
+  max_length: int = 2048
+  scale_embeddings: bool = False
+  tie_embeddings: bool = False
+  loss_chunk_size: int | None = None
+
+  def __post_init__(self):
+    if self.positions not in EMBEDDING_SCHEMES:
+      raise ValueError(f"unknown positions {self.positions!r}; choose one of {EMBEDDING_SCHEMES}")
+    if self.vocab_size < 1:
+      raise ValueError(f"vocab_size={self.vocab_size} must be positive")
+
+  @property
+  def context_limit(self) -> int | None:
+    """Tokens a sequence can have at most; `None` where positions go on for ever."""
+    return self.max_length if self.positions == "learned" else None
+
+
+@struct.dataclass
+class Output:
+  """What a pass over tokens gives.
+
+  Attributes:
+    hidden: Normed hidden vectors.
+    logits: Scores of the next token, in float32.
+    cache: The cache after the last valid token, if one was given.
+  """
+
+  hidden: Float[Array, "B T D"]
+  logits: Float[Array, "B T vocab"]
+  cache: DecoderCache | None
+
+
+class LanguageModel(nn.Module):
+  """A language model.
+
+  Attributes:
+    config: What it is made of.
+  """
+
+  config: LanguageModelConfig
+
+  def setup(self):
+    c = self.config
+    width, init = c.decoder.embed_dim, c.decoder.initializers.embedding
+    self.embedder = Embedder(
+      c.vocab_size, width, init, c.decoder.dtype, c.scale_embeddings, c.positions, c.max_length
+    )
+    self.decoder = Decoder(c.decoder)
+    if not c.tie_embeddings:
+      self.head = VocabHead(c.vocab_size, width, init)
+
+  def __call__(
+    self,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    lengths: Int[Array, " B"] | None = None,
+    cache: DecoderCache | None = None,
+    *,
+    allowed: Bool[Array, "#B T S"] | None = None,
+    key_bias: Float[Array, "B S"] | None = None,
+    deterministic: bool = True,
+  ) -> Output:
+    """Hidden vectors and logits of every token; arguments as in `hidden`."""
+    hidden, cache = self.hidden(
+      tokens, positions, segment_ids, lengths, cache, allowed=allowed, key_bias=key_bias,
+      deterministic=deterministic,
+    )
+    return Output(hidden=hidden, logits=self.logits(hidden), cache=cache)
+
+  def hidden(
+    self,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    lengths: Int[Array, " B"] | None = None,
+    cache: DecoderCache | None = None,
+    *,
+    allowed: Bool[Array, "#B T S"] | None = None,
+    key_bias: Float[Array, "B S"] | None = None,
+    deterministic: bool = True,
+  ) -> tuple[Float[Array, "B T D"], DecoderCache | None]:
+    """Hidden vectors without the head.
+
+    Args:
+      tokens: Token ids.
+      positions: Their positions; counted on from the cache, or from 0, if `None`.
+      segment_ids: Packed documents, for passes without a cache.
+      lengths: Valid tokens of this pass per row (right padding); all if `None`.
+      cache: What was seen before.
+      allowed: Keys a query may see at all (see `layers.Context`).
+      key_bias: Added to the scores of each key.
+      deterministic: Whether dropout is off; if not, `apply` needs a `dropout` key.
+    """
+    if positions is None:
+      positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+      if cache is not None:
+        positions = positions + cache.lengths[:, None]
+    x = self.embedder(tokens, positions)
+    return self.decoder(
+      x, positions, segment_ids, cache, lengths=lengths, allowed=allowed, key_bias=key_bias,
+      deterministic=deterministic,
+    )
+
+  def head_kernel(self) -> Float[Array, "D vocab"]:
+    """The head's kernel, in the decoder's dtype."""
+    kernel = self.embedder.embedding.T if self.config.tie_embeddings else self.head()
+    return kernel.astype(self.config.decoder.dtype)
+
+  def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B vocab"]:
+    """Scores of the next token, in float32."""
+    return jnp.matmul(hidden, self.head_kernel(), preferred_element_type=jnp.float32)
+
+  def token_losses(
+    self,
+    tokens: Int[Array, "B T"],
+    targets: Int[Array, "B T"],
+    positions: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    *,
+    deterministic: bool = True,
+  ) -> Float[Array, "B T"]:
+    """Negative log-likelihood of each target in nats; holds logits of one chunk at a time."""
+    hidden, _ = self.hidden(tokens, positions, segment_ids, deterministic=deterministic)
+    return ops.cross_entropy(
+      hidden, self.head_kernel(), targets, chunk_size=self.config.loss_chunk_size
+    )
+
+
+def init_cache(config: LanguageModelConfig, batch_size: int, max_length: int) -> DecoderCache:
+  """An empty cache with room for `max_length` tokens a row."""
+  return config.decoder.init_cache(batch_size, max_length)
+
+
+def prefill(
+  model: LanguageModel,
+  params: Params,
+  tokens: Int[Array, "B T"],
+  lengths: Int[Array, " B"] | None = None,
+  max_length: int | None = None,
+  cache: DecoderCache | None = None,
+) -> tuple[Float[Array, "B vocab"], DecoderCache]:
+  """Reads prompts of different lengths in one pass.
+
+  Args:
+    model: The model.
+    params: Its parameters.
+    tokens: Prompts, padded on the right.
+    lengths: Valid tokens per row, each at least 1; `T` if `None`.
+    max_length: Room of the cache; `T` if `None`, and unused where `cache` is given.
+    cache: What was seen before.
+
+  Returns:
+    The logits behind each row's last valid token, and the cache.
+
+  Raises:
+    ValueError: the prompts do not fit into `max_length`.
+  """
+  batch_size, num_tokens = tokens.shape
+  max_length = num_tokens if max_length is None else max_length
+  fresh = cache is None
+  if fresh:
+    if num_tokens > max_length:
+      raise ValueError(f"prompts of {num_tokens} tokens do not fit into {max_length=}")
+    # Attend over the prompt's own slots, not over the room that generation will need.
+    cache = init_cache(model.config, batch_size, num_tokens)
+  variables = {"params": params}
+  hidden, cache = model.apply(
+    variables, tokens, lengths=lengths, cache=cache, method="hidden"
+  )
+  last = jnp.full((batch_size,), num_tokens) if lengths is None else lengths
+  hidden = jnp.take_along_axis(hidden, last[:, None, None] - 1, axis=1)[:, 0]
+  logits = model.apply(variables, hidden, method="logits")
+  return logits, cache.grow(max_length) if fresh else cache
+
+
+def decode_step(
+  model: LanguageModel, params: Params, tokens: Int[Array, " B"], cache: DecoderCache
+) -> tuple[Float[Array, "B vocab"], DecoderCache]:
+  """Reads one token a row; returns the logits of the next, and the cache."""
+  out = model.apply({"params": params}, tokens[:, None], cache=cache)
+  return out.logits[:, 0], out.cache
+
+
+def num_params(config: LanguageModelConfig) -> dict[str, int]:
+  """Parameters: `body` (decoder without norms' scales), `norms`, `embedding`, `head`, `total`."""
+  tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+  shapes = jax.eval_shape(LanguageModel(config).init, jax.random.key(0), tokens)
+  counts = dict.fromkeys(("body", "norms", "embedding", "head"), 0)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(nn.unbox(shapes)["params"]):
+    names = [p.key for p in path]
+    if names[0] == "decoder":
+      group = "norms" if any("norm" in name for name in names) else "body"
+    else:
+      group = {"embedder": "embedding", "head": "head"}[names[0]]
+    counts[group] += leaf.size
+  return counts | {"total": sum(counts.values())}
+
+
+def flops_per_token(config: LanguageModelConfig, seq_length: int) -> float:
+  """Matmul flops of a forward pass, per token; training takes three times as many.
+
+  Causal attention counts half of its square, embeddings count nothing, recomputation never counts.
+  """
+  head = 2 * config.decoder.embed_dim * config.vocab_size
+  return config.decoder.flops_per_token(seq_length) + head

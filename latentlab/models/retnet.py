@@ -1,0 +1,137 @@
+"""RetNet (arXiv 2307.08621) as a preset of the decoder.
+
+Body parameters are `12 L d^2` as a Transformer's: retention has `8 d^2` (queries and keys `d^2` each;
+values, gate and output `2 d^2` each), the feed-forward `4 d^2` at width `2 d` (section 3.1).
+"""
+
+import jax.numpy as jnp
+
+from latentlab.layers import (
+  BlockConfig, DecoderConfig, FeedForwardConfig, PositionConfig, RetentionConfig, Stage,
+)
+from latentlab.models.language_model import LanguageModelConfig
+from latentlab.typing import DTypeLike
+
+# Heads are 256 wide in every size (table 2 and section 3.1); 13b is of the cost runs only.
+PRESETS = {
+  "200m": dict(num_layers=16, embed_dim=1024, num_heads=4),
+  "1b3": dict(num_layers=24, embed_dim=2048, num_heads=8),
+  "2b7": dict(num_layers=32, embed_dim=2560, num_heads=10),
+  "6b7": dict(num_layers=32, embed_dim=4096, num_heads=16),
+  "13b": dict(num_layers=40, embed_dim=5120, num_heads=20),
+}
+
+
+def retnet(
+  *,
+  vocab_size: int,
+  num_layers: int,
+  embed_dim: int,
+  num_heads: int,
+  head_dim: int | None = None,
+  value_factor: float = 2.0,
+  mlp_dim: int | None = None,
+  feed_forward: str = "gelu",
+  norm: str = "layer",
+  positions: str = "rope",
+  rope_base: float = 10_000.0,
+  rope_grid: str = "linspace",
+  rope_layout: str = "interleaved",
+  decay: str = "linspace",
+  decay_value: float | None = None,
+  gate: bool = True,
+  head_norm: str = "group",
+  head_norm_eps: float = 1e-6,
+  head_norm_affine: bool = False,
+  normalization: str = "none",
+  chunk_size: int | None = None,
+  implementation: str | None = None,
+  max_length: int = 2048,
+  scale_embeddings: bool = False,
+  tie_embeddings: bool = False,
+  loss_chunk_size: int | None = None,
+  dtype: DTypeLike = jnp.float32,
+  init: str = "retnet",
+  norm_eps: float = 1e-6,
+  dropout_rate: float = 0.0,
+  remat: str = "none",
+  unroll: int | None = None,
+) -> LanguageModelConfig:
+  """A RetNet language model.
+
+  Args:
+    vocab_size: Tokens.
+    num_layers: Layers `L`.
+    embed_dim: Width `D`.
+    num_heads: Retention heads.
+    head_dim: Query and key head size; `embed_dim / num_heads` if `None`.
+    value_factor: Value head size over query head size.
+    mlp_dim: Feed-forward width; if `None`, what makes a body of `12 d^2` a layer (`2 D` with a gate
+      and twice as wide values).
+    feed_forward: `gelu`, `relu`, `swiglu` or `geglu`.
+    norm: `rms` or `layer`.
+    positions: `rope`, `sinusoidal`, `learned` or `none`.
+    rope_base: Wave length base of the rotation.
+    rope_grid: `linspace` as the original release, or `rope`.
+    rope_layout: Which features are a pair.
+    decay: `linspace` as the paper's experiments, `pow2` (equation 8), `one`, or `const`.
+    decay_value: The decay of `const`.
+    gate: Whether a swish gate multiplies the output.
+    head_norm: `group` as the paper, `rms` as the original release, or `none`.
+    head_norm_eps: Its epsilon.
+    head_norm_affine: Whether it has a scale.
+    normalization: Row scale before it: `none`, `decay` or `paper`.
+    chunk_size: Chunk length asked of the op.
+    implementation: Implementation of the op.
+    max_length: Positions of `learned`.
+    scale_embeddings: Multiply embeddings by `sqrt(D)`.
+    tie_embeddings: Head is the embedding's transpose.
+    loss_chunk_size: Vocabulary entries per chunk of the loss.
+    dtype: Dtype of activations.
+    init: Initialisation scheme.
+    norm_eps: Epsilon of the norms.
+    dropout_rate: Dropout of each branch.
+    remat: What the backward pass keeps.
+    unroll: Layers unrolled in one step of the scan.
+
+  Returns:
+    Its configuration.
+
+  Raises:
+    ValueError: a name is unknown, a pair means nothing, or sizes do not divide.
+  """
+  if head_dim is None:
+    if embed_dim % num_heads:
+      raise ValueError(f"{embed_dim=} is no multiple of {num_heads=}; give head_dim")
+    head_dim = embed_dim // num_heads
+  value_head_dim = round(value_factor * head_dim)
+  if mlp_dim is None:
+    wide = 3 if gate else 2
+    mixer_params = embed_dim * num_heads * (2 * head_dim + wide * value_head_dim)
+    matrices = 3 if feed_forward.endswith("glu") else 2
+    mlp_dim = (12 * embed_dim**2 - mixer_params) // (matrices * embed_dim)
+    if mlp_dim < 1:
+      raise ValueError(f"{value_factor=} leaves no room for a feed-forward; give mlp_dim")
+  on_embedding = positions in ("sinusoidal", "learned")
+  mixer = RetentionConfig(
+    num_heads=num_heads, head_dim=head_dim, value_head_dim=value_head_dim,
+    positions=PositionConfig(
+      "none" if on_embedding else positions, base=rope_base, grid=rope_grid, layout=rope_layout
+    ),
+    decay=decay, decay_value=decay_value, gate=gate, head_norm=head_norm,
+    head_norm_eps=head_norm_eps, head_norm_affine=head_norm_affine, normalization=normalization,
+    chunk_size=chunk_size, implementation=implementation,
+  )
+  block = BlockConfig(mixer, FeedForwardConfig(mlp_dim, feed_forward), norm)
+  return LanguageModelConfig(
+    decoder=DecoderConfig(
+      embed_dim, (Stage((block,), num_layers),), norm, jnp.dtype(dtype), init, norm_eps,
+      dropout_rate, remat, unroll,
+    ),
+    vocab_size=vocab_size,
+    positions=positions if on_embedding else "none",
+    max_length=max_length,
+    scale_embeddings=scale_embeddings,
+    tie_embeddings=tie_embeddings,
+    loss_chunk_size=loss_chunk_size,
+  )

@@ -1,0 +1,143 @@
+"""Position encodings: rotary (RoPE), xPos, sinusoidal, and the slopes of ALiBi.
+
+xPos: https://arxiv.org/abs/2212.10554, section 2.2 and algorithm 1. RetNet's rotation,
+https://arxiv.org/abs/2307.08621 section 2.1, is RoPE on the "linspace" grid of its release.
+"""
+
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from latentlab.typing import Array, DTypeLike, Float, Int
+
+Grid = Literal["rope", "linspace"]
+Layout = Literal["interleaved", "half"]
+
+
+def rope_frequencies(head_dim: int, base: float = 10000.0, grid: Grid = "rope") -> np.ndarray:
+  """Radians per token of each feature pair, in float64 for tables that are rounded once.
+
+  Args:
+    head_dim: Features per head, even.
+    base: The longest wavelength, over 2 pi.
+    grid: "rope" leaves the end point `1 / base` out of its geometric grid; "linspace" has it in.
+  """
+  if head_dim % 2:
+    raise ValueError(f"Features rotate in pairs; {head_dim=} must be even.")
+  pairs = head_dim // 2
+  if grid == "rope":
+    return base ** -(np.arange(pairs) / pairs)
+  if grid == "linspace":
+    return base ** -np.linspace(0, 1, pairs)
+  raise ValueError(f"{grid=} must be 'rope' or 'linspace'.")
+
+
+def apply_rope(
+    x: Float[Array, "B T N H"],
+    positions: Int[Array, "#B T"],
+    *,
+    base: float = 10000.0,
+    grid: Grid = "rope",
+    layout: Layout = "interleaved",
+) -> Float[Array, "B T N H"]:
+  """Rotates each feature pair of a query or key by its position; the same map serves both.
+
+  Args:
+    x: Queries or keys.
+    positions: Position of each token, of any sign and size.
+    base: See `rope_frequencies`.
+    grid: See `rope_frequencies`.
+    layout: Which features pair: neighbours, or one of each half.
+  """
+  angles = _angles(positions, rope_frequencies(x.shape[-1], base, grid), x.dtype)
+  return _rotate(x, jnp.cos(angles), jnp.sin(angles), layout)
+
+
+def apply_xpos(
+    x: Float[Array, "B T N H"],
+    positions: Int[Array, "#B T"],
+    *,
+    role: Literal["query", "key"],
+    base: float | None = 10000.0,
+    layout: Layout = "interleaved",
+    gamma: float = 0.4,
+    scale_base: float = 512,
+    center: int | Int[Array, "#B #T"] = 0,
+) -> Float[Array, "B T N H"]:
+  """Rotates as RoPE does, and scales so that the score of a pair decays with its distance.
+
+  Scores depend on position differences alone, so a center common to queries and keys is exact; it
+  keeps the scales within range. It must not move while rotated keys are cached.
+
+  Args:
+    x: Queries or keys.
+    positions: Position of each token.
+    role: A query is multiplied by the scale, a key divided by it.
+    base: See `rope_frequencies`; `None` rotates nothing (table 4's decay without rotation).
+    layout: See `apply_rope`.
+    gamma: Flattens the decay's dependence on frequency (eq. 9).
+    scale_base: Tokens per unit of decay; infinite for RoPE.
+    center: Position of scale one; an array moves it along, tile by tile.
+  """
+  if role not in ("query", "key"):
+    raise ValueError(f"{role=} must be 'query' or 'key'.")
+  half = x.shape[-1] // 2
+  frequencies = np.zeros(half) if base is None else rope_frequencies(x.shape[-1], base)
+  angles = _angles(positions, frequencies, x.dtype)
+  rate = np.log((np.arange(half) / half + gamma) / (1 + gamma)) / scale_base
+  exponent = (positions - center)[..., None] * jnp.asarray(rate, angles.dtype)
+  scale = jnp.exp(exponent if role == "query" else -exponent)
+  return _rotate(x, jnp.cos(angles) * scale, jnp.sin(angles) * scale, layout)
+
+
+def sinusoidal(positions: Int[Array, "B T"], dim: int) -> Float[Array, "B T {dim}"]:
+  """Absolute embeddings (xPos eq. 12): cosines at even features, sines at odd ones."""
+  angles = _angles(positions, rope_frequencies(dim), jnp.float32)
+  return jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=-1).reshape(*positions.shape, dim)
+
+
+def alibi_slopes(num_heads: int) -> Float[Array, "N"]:
+  """Slopes of ALiBi (https://arxiv.org/abs/2108.12409): `2^(-8 (h + 1) / N)`.
+
+  A head count that is no power of two takes the slopes of the power below it, then every other one
+  of the power above.
+  """
+  def powers(n):
+    return 2.0 ** (-8 * np.arange(1, n + 1) / n)
+
+  below = 1 << (num_heads.bit_length() - 1)
+  slopes = np.concatenate([powers(below), powers(2 * below)[::2][: num_heads - below]])
+  return jnp.asarray(slopes, jnp.float32)
+
+
+def _angles(positions: Int[Array, "B T"], frequencies: np.ndarray, dtype: DTypeLike
+            ) -> Float[Array, "B T pairs"]:
+  """`positions * frequencies` modulo a turn, to float32's rounding at every position.
+
+  A float32 product is off by 6e-5 radians at position 1000 and by 3e-2 at a million. Counting in
+  2^-32 turns makes the integer product's overflow the modulus, which is exact: a shift of all
+  positions leaves their differences alone.
+  """
+  dtype = jnp.promote_types(dtype, jnp.float32)
+  turns = frequencies / (2 * np.pi)
+  steps = np.round(turns * 2.0**32)
+  rest = jnp.asarray((turns * 2.0**32 - steps) * 2.0**-32, dtype)
+  wrapped = positions.astype(jnp.int32)[..., None] * steps.astype(np.uint32).view(np.int32)
+  return 2 * np.pi * (wrapped.astype(dtype) * 2.0**-32 + positions[..., None] * rest)
+
+
+def _rotate(
+    x: Float[Array, "B T N H"],
+    cos: Float[Array, "#B T pairs"],
+    sin: Float[Array, "#B T pairs"],
+    layout: Layout,
+) -> Float[Array, "B T N H"]:
+  if layout not in ("interleaved", "half"):
+    raise ValueError(f"{layout=} must be 'interleaved' or 'half'.")
+  pairs = (-1, 2) if layout == "interleaved" else (2, -1)
+  axis = -1 if layout == "interleaved" else -2
+  a, b = jnp.moveaxis(x.reshape(*x.shape[:-1], *pairs), axis, 0).astype(cos.dtype)
+  cos, sin = cos[:, :, None], sin[:, :, None]
+  out = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis)
+  return out.reshape(x.shape).astype(x.dtype)

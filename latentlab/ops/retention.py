@@ -1,0 +1,216 @@
+"""Retention under a mesh, and its decay rates (RetNet, https://arxiv.org/abs/2307.08621, section 2).
+
+Batch and heads are sharded as they are. A sharded sequence is a prefix over devices of the pairs
+`(a, S)`, decay and end state of each device's tokens, which combine by
+`(a2, S2) o (a1, S1) = (a1 a2, a2 S1 + S2)`: one cheap pass over keys and values makes the pairs, and
+the operation then runs with the state that enters each device as its initial one.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from latentlab.typing import Array, Float, Int
+from pallas_kernels import retention as kernel
+from pallas_kernels.retention import Implementation, retention_step
+
+__all__ = ["decay_scale", "log_decay_rates", "retention", "retention_step"]
+
+
+def retention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K V"],
+    log_decay: Float[Array, "N"] | Float[Array, "B T N"],
+    *,
+    initial_state: Float[Array, "B N H V"] | None = None,
+    lengths: Int[Array, "B"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    chunk_size: int | None = None,
+    implementation: Implementation | Sequence[Implementation] | None = None,
+    spec: PartitionSpec | None = None,
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B N H V"]]:
+  """`pallas_kernels.retention.retention`, which see, run on each device's part of the arrays.
+
+  Args:
+    q: See `pallas_kernels.retention.retention`.
+    k: See there.
+    v: See there.
+    log_decay: See there.
+    initial_state: See there.
+    lengths: See there.
+    segment_ids: See there.
+    chunk_size: See there.
+    implementation: See there.
+    spec: Layout of a `B T N H` array over the ambient mesh. Axes that are manual already (inside
+      `pmap` or `shard_map`) or of size one are left out; with none left, or no mesh, the call is
+      the plain one.
+
+  Returns:
+    The outputs, and the state after the last valid token, replicated over the sequence's axes.
+
+  Raises:
+    ValueError: The spec shards `H`, or names axes that the mesh lacks, that do not divide, or that
+      shard the sequence in another order than the mesh's.
+  """
+  options = dict(chunk_size=chunk_size, implementation=implementation)
+  batch_axes, length_axes, head_axes = axes = _axes_to_map(spec)
+  if not any(axes):
+    return kernel.retention(q, k, v, log_decay, initial_state=initial_state, lengths=lengths,
+                            segment_ids=segment_ids, **options)
+  for name, size, names in (("B", q.shape[0], batch_axes), ("T", q.shape[1], length_axes),
+                            ("N", q.shape[2], head_axes), ("K", k.shape[2], head_axes)):
+    devices = _axes_size(names)
+    if size % devices:
+      raise ValueError(f"{name}={size} does not divide over mesh axes {names} of {devices} devices; "
+                       "change the size, the mesh, or the spec.")
+
+  b, t, n = (names or None for names in axes)
+  tokens = PartitionSpec(b, t, n, None)
+  specs = {
+      "q": tokens, "k": tokens, "v": tokens,
+      "log_decay": PartitionSpec(n) if log_decay.ndim == 1 else PartitionSpec(b, t, n),
+      "initial_state": PartitionSpec(b, n, None, None),
+      "lengths": PartitionSpec(b), "segment_ids": PartitionSpec(b, t),
+  }
+  args = dict(q=q, k=k, v=v, log_decay=log_decay, initial_state=initial_state, lengths=lengths,
+              segment_ids=segment_ids)
+  args = {name: x for name, x in args.items() if x is not None}
+
+  def local(args):
+    if length_axes:
+      return _sequence_sharded(args, length_axes, options)
+    return kernel.retention(**args, **options)
+
+  return jax.shard_map(
+      local, in_specs=({name: specs[name] for name in args},),
+      out_specs=(tokens, specs["initial_state"]),
+      axis_names={name for names in axes for name in names},
+  )(args)
+
+
+def _axes_to_map(spec: PartitionSpec | None) -> tuple[tuple[str, ...], ...]:
+  """The mesh axes over which batch, length and heads are to be mapped."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if spec is None or mesh.empty:
+    return (), (), ()
+  entries = [() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in spec]
+  entries += [()] * (4 - len(entries))
+  if len(entries) > 4 or entries[3]:
+    raise ValueError(f"{spec=} lays out B T N H, of which H stays whole.")
+  if unknown := {name for names in entries for name in names} - set(mesh.axis_names):
+    raise ValueError(f"{spec=} names {sorted(unknown)}; the mesh has {mesh.axis_names}.")
+  if list(entries[1]) != sorted(entries[1], key=mesh.axis_names.index):  # As ppermute demands.
+    raise ValueError(f"{spec=} must name the sequence's axes in the mesh's order, "
+                     f"{mesh.axis_names}.")
+  return tuple(
+      tuple(a for a in names if a not in mesh.manual_axes and mesh.shape[a] > 1)
+      for names in entries[:3]
+  )
+
+
+def _axes_size(names: tuple[str, ...]) -> int:
+  shape = jax.sharding.get_abstract_mesh().shape
+  return math.prod(shape[name] for name in names)
+
+
+def _sequence_sharded(args, axes, options):
+  """Retention of one device's stretch of tokens, within `shard_map` over `axes`."""
+  k, v, log_decay = args["k"], args["v"], args["log_decay"]
+  batch, length, kv_heads, _ = k.shape
+  index, count = jax.lax.axis_index(axes), _axes_size(axes)
+  if "lengths" in args:
+    args["lengths"] = jnp.clip(args["lengths"] - index * length, 0, length)
+  ends = args.get("lengths", jnp.full(batch, length))
+  valid = jnp.arange(length) < ends[:, None]
+
+  # The decay from each token to the end: zero unless its document lasts until then.
+  if log_decay.ndim == 1:
+    gap = (ends[:, None] - 1 - jnp.arange(length))[..., None]
+    leave = jnp.where(gap > 0, jnp.exp(log_decay * jnp.maximum(gap, 1)), 1)
+    gap = ends[:, None]
+    carry = jnp.where(gap > 0, jnp.exp(log_decay * jnp.maximum(gap, 1)), 1)
+  else:
+    steps = jnp.where(valid[..., None], log_decay, 0).astype(jnp.float32)
+    sums = jax.lax.cumsum(steps, axis=1, reverse=True)
+    leave = jnp.exp(jnp.pad(sums[:, 1:], ((0, 0), (0, 1), (0, 0))))
+    carry = jnp.exp(sums[:, 0])
+  leave = jnp.where(valid[..., None], leave, 0)
+  if "segment_ids" in args:
+    ids = args["segment_ids"]
+    left = jax.lax.ppermute(ids[:, -1:], axes, [(i, i + 1) for i in range(count - 1)])
+    left = jnp.where(index == 0, ids[:, :1], left)
+    starts = (ids != jnp.concatenate([left, ids[:, :-1]], axis=1)) & valid
+    later = jax.lax.cumsum(starts.astype(jnp.int32), axis=1, reverse=True) - starts
+    leave = jnp.where((later == 0)[..., None], leave, 0)
+    carry = jnp.where(starts.any(axis=1)[:, None], 0, carry)
+
+  # Padded tokens have leave = 0, but what they hold may be a NaN.
+  k, v = (jnp.where(valid[..., None, None], x, 0) for x in (k, v))
+  leave = leave.reshape(batch, length, kv_heads, -1)
+  state = jnp.einsum("BTKG,BTKH,BTKV->BKGHV", leave, k, v, preferred_element_type=jnp.float32)
+  state = state.reshape(batch, -1, *state.shape[3:])
+  initial = args.get("initial_state", jnp.zeros_like(state))
+  carry = carry[..., None, None]
+  state += jnp.where(index == 0, carry * initial, 0)
+
+  # An inclusive prefix in log2(devices) exchanges, then a shift by one makes it exclusive.
+  shift = 1
+  while shift < count:
+    before = jax.lax.ppermute((carry, state), axes, [(i, i + shift) for i in range(count - shift)])
+    inside = index >= shift
+    state += jnp.where(inside, carry * before[1], 0)
+    carry *= jnp.where(inside, before[0], 1)
+    shift *= 2
+  entering = jax.lax.ppermute(state, axes, [(i, i + 1) for i in range(count - 1)])
+  entering = jnp.where(index == 0, initial, entering)
+  if "segment_ids" in args:
+    entering = jnp.where(starts[:, 0, None, None, None], 0, entering)
+  out, state = kernel.retention(**args | {"initial_state": entering}, **options)
+  return out, jax.lax.psum(jnp.where(index == count - 1, state, 0), axes)
+
+
+def log_decay_rates(
+    num_heads: int,
+    kind: Literal["pow2", "linspace", "one", "const"] = "pow2",
+    value: float | None = None,
+) -> Float[Array, "N"]:
+  """Fixed `log gamma` per head, rounded once: float32's `1 - 2^-25` is 1.
+
+  Args:
+    num_heads: How many.
+    kind: "pow2", `gamma = 1 - 2^(-5 - h)` (eq. 8); "linspace", `1 - gamma` log-spaced from 1/32 to
+      1/512 (section 3.1's experiments); "one", no decay; "const", `value` for all.
+    value: The `gamma` of "const".
+  """
+  if (value is not None) != (kind == "const"):
+    raise ValueError(f"{value=} is the gamma of kind='const', and of no other; {kind=}.")
+  if kind == "pow2":
+    forgotten = 2.0 ** -(5.0 + np.arange(num_heads))
+  elif kind == "linspace":
+    forgotten = np.exp(np.linspace(np.log(1 / 32), np.log(1 / 512), num_heads))
+  elif kind == "one":
+    forgotten = np.zeros(num_heads)
+  elif kind == "const":
+    if not 0 < value <= 1:
+      raise ValueError(f"{value=} must be a decay in (0, 1].")
+    forgotten = np.full(num_heads, 1 - value)
+  else:
+    raise ValueError(f"{kind=} must be 'pow2', 'linspace', 'one' or 'const'.")
+  return jnp.asarray(np.log1p(-forgotten), jnp.float32)
+
+
+def decay_scale(
+    positions: Int[Array, "B T"], log_decay: Float[Array, "N"]
+) -> Float[Array, "B T N"]:
+  """`s_n = sqrt(sum_{m <= n} gamma^(n - m))`, the norm of a row of decays (section 2.2)."""
+  count = (positions + 1)[..., None].astype(jnp.float32)
+  decays = log_decay < 0
+  log_decay = jnp.where(decays, log_decay, -1).astype(jnp.float32)
+  total = jnp.expm1(count * log_decay) / jnp.expm1(log_decay)
+  return jnp.sqrt(jnp.where(decays, total, count))

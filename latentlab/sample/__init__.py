@@ -1,0 +1,49 @@
+"""Sampling: a step protocol, filters of logits, and a compiled loop."""
+
+from latentlab.sample.logits import (
+  Filter,
+  LogitBias,
+  MinP,
+  RepetitionPenalty,
+  Temperature,
+  TokenAutomaton,
+  TokenSampler,
+  TopK,
+  TopP,
+  token_sampler,
+)
+from latentlab.sample.loop import (
+  Carry,
+  Generated,
+  TokenStepper,
+  advance,
+  begin,
+  generate,
+  row_keys,
+  stream,
+)
+from latentlab.sample.protocol import Draw, Sampler, Stepper
+
+__all__ = [
+  "Carry",
+  "Draw",
+  "Filter",
+  "Generated",
+  "LogitBias",
+  "MinP",
+  "RepetitionPenalty",
+  "Sampler",
+  "Stepper",
+  "Temperature",
+  "TokenAutomaton",
+  "TokenSampler",
+  "TokenStepper",
+  "TopK",
+  "TopP",
+  "advance",
+  "begin",
+  "generate",
+  "row_keys",
+  "stream",
+  "token_sampler",
+]

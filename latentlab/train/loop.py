@@ -1,0 +1,386 @@
+"""The training loop: one for every task, one that resumes."""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import pathlib
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import tqdm
+import tqdm.contrib.logging
+from jax.experimental import multihost_utils
+
+from latentlab import data as data_lib
+from latentlab import eval as eval_lib
+from latentlab.models import flops_per_token
+from latentlab.train import checkpoint, metrics, partition, plots
+from latentlab.train.state import TrainState
+from latentlab.train.task import Task, build_task
+from latentlab.typing import Params
+
+logger = logging.getLogger(__name__)
+
+PREEMPTED_EXIT_CODE = 75
+"""Exit status after SIGTERM: the state is saved, and the same command goes on (EX_TEMPFAIL)."""
+
+
+class Preempted(SystemExit):
+  """The run was told to stop, saved its state, and ends the process with its exit code."""
+
+  def __init__(self, step: int):
+    super().__init__(PREEMPTED_EXIT_CODE)
+    self.step = step
+
+
+class DivergedError(ValueError):
+  """More steps in a row than allowed had a loss or gradient that is not finite."""
+
+
+def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[str, float]:
+  """Trains from wherever the run stands to `config.train_steps`.
+
+  The run starts from the first of these that there is: the newest checkpoint of `workdir`, that of
+  the workdir `config.resume` (the whole state), the parameters of the workdir `config.init_from`,
+  nothing.
+
+  Args:
+    config: An experiment; see `experiments/configs/common.py`.
+    workdir: Gets `config.json`, `metrics.jsonl`, `checkpoints/` and `plots/`.
+
+  Returns:
+    The last value of every metric.
+
+  Raises:
+    ValueError: the config, the data or the checkpoint does not fit; before anything is compiled.
+    DivergedError: the loss stayed non-finite.
+    Preempted: SIGTERM arrived, on this host or another.
+  """
+  _check(config)
+  workdir = pathlib.Path(workdir).absolute()
+  data = data_lib.build(
+      config.data.to_dict(), config.batch_size, jax.process_index(), jax.process_count())
+  task = build_task(config, data.tokenizer.vocab_size)
+  trainer = partition.make_trainer(task, config)
+  evaluations = eval_lib.build(config.evals.to_dict(), task, data, trainer.compile)
+  with contextlib.ExitStack() as stack:
+    preemption = stack.enter_context(_Preemption())
+    checkpointer = stack.enter_context(checkpoint.Checkpointer(workdir, **config.checkpoint))
+    step, state, iterator_state = _start(config, workdir, checkpointer, trainer)
+    iterator = data.train_iterator(config.seed)
+    if iterator_state is not None:
+      iterator.set_state(iterator_state)
+    _write_config(config, workdir)
+    writer = stack.enter_context(contextlib.closing(metrics.MetricsWriter(
+        workdir, start_step=step, tensorboard=config.logging.tensorboard)))
+    run = _Run(config, task, trainer, evaluations, checkpointer, preemption, writer)
+    run.latest = _last_values(workdir)
+    run.loop(step, state, iterator)
+  if jax.process_index() == 0:
+    pictures = plots.write_plots(workdir)
+    _print_summary(run.latest, config, workdir, pictures)
+  return run.latest
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+  """A trained model, with what it needs to be used.
+
+  Attributes:
+    config: Of its run.
+    data: Its data; holds the tokenizer.
+    task: Its task; holds the model.
+    trainer: Its layout.
+    params: Its parameters, or their average where the run kept one.
+    step: The step they are from.
+  """
+
+  config: ml_collections.ConfigDict
+  data: data_lib.Data
+  task: Task
+  trainer: partition.Trainer
+  params: Params
+  step: int
+
+
+def load(
+    workdir: str | pathlib.Path,
+    config: ml_collections.ConfigDict | None = None,
+    *,
+    step: int | str = "latest",
+) -> Trained:
+  """Restores the parameters of a run.
+
+  Args:
+    workdir: Of the run.
+    config: Of the run, if not what its `config.json` says; the mesh may differ.
+    step: A step that has a checkpoint, "latest" or "best".
+
+  Raises:
+    ValueError: there is no such checkpoint, or it is of another model.
+  """
+  config = read_config(workdir) if config is None else config
+  data = data_lib.build(
+      config.data.to_dict(), config.batch_size, jax.process_index(), jax.process_count())
+  task = build_task(config, data.tokenizer.vocab_size)
+  trainer = partition.make_trainer(task, config)
+  part = "params" if trainer.abstract_state.ema is None else "ema"
+  with checkpoint.Checkpointer(workdir, **config.checkpoint, read_only=True) as checkpointer:
+    if step == "best":
+      step = checkpointer.best_step()
+    elif step != "latest" and not str(step).isdigit():
+      raise ValueError(f"{step=} is no step; choose a number of {checkpointer.steps()}, 'latest' "
+                       "or 'best'.")
+    step, state, _ = checkpointer.restore(
+        {part: getattr(trainer.abstract_state, part)},
+        None if step == "latest" else int(step), partial=True)
+  return Trained(config, data, task, trainer, state[part], step)
+
+
+def read_config(workdir: str | pathlib.Path) -> ml_collections.ConfigDict:
+  """The config that a workdir's run was started with."""
+  path = pathlib.Path(workdir) / "config.json"
+  if not path.exists():
+    raise ValueError(f"{str(workdir)!r} holds no config.json: train there first.")
+  return ml_collections.ConfigDict(_with_tuples(json.loads(path.read_text())))
+
+
+class _Run:
+  """A run between its start and its end."""
+
+  def __init__(
+      self,
+      config: ml_collections.ConfigDict,
+      task: Task,
+      trainer: partition.Trainer,
+      evaluations: list[eval_lib.Evaluation],
+      checkpointer: checkpoint.Checkpointer,
+      preemption: "_Preemption",
+      writer: metrics.MetricsWriter,
+  ):
+    self._config, self._trainer, self._evaluations = config, trainer, evaluations
+    self._checkpointer, self._preemption, self._writer = checkpointer, preemption, writer
+    self._throughput = metrics.Throughput(
+        tokens_per_step=config.batch_size * config.data.seq_length,
+        flops_per_token=_train_flops_per_token(task, config),
+        devices=list(trainer.mesh.devices.flat))
+    self.latest: dict[str, float] = {}
+
+  def loop(self, start: int, state: TrainState, iterator: Any) -> None:
+    """Steps from `start` to `config.train_steps`."""
+    c = self._config
+    first, last = start + 1, c.train_steps
+    with _progress(start, last) as bar:
+      for step in range(first, last + 1):
+        begin = time.perf_counter()
+        batch = self._trainer.place(next(iterator))
+        # What moves between host and device, moves where it is written.
+        with jax.transfer_guard("disallow"):
+          state, step_metrics = self._trainer.step(state, batch)
+        self._throughput.step()
+        line: dict[str, float] = {}
+        if step == first:
+          jax.block_until_ready(step_metrics)
+          line["perf/compile_sec"] = time.perf_counter() - begin
+          self._throughput.restart()
+        preempted = self._preemption.reached(step)
+        if step == first or step % c.log_steps == 0 or step == last or preempted:
+          line |= self._train_metrics(state, step_metrics)
+          _show(bar, step, last, line)
+        skipped = line.get("train/skipped", 0)
+        with self._throughput.paused():
+          evaluation = {}
+          if not preempted and skipped <= c.max_skipped_steps:
+            evaluation = self._evaluate(step, state)
+          line |= {f"eval/{name}": value for name, value in evaluation.items()}
+          self._writer.write(step, line)
+          self.latest |= line
+          if skipped > c.max_skipped_steps:
+            raise DivergedError(
+                f"Training diverged: the last {skipped:.0f} steps up to {step} had a loss or "
+                f"gradient that is not finite, more than {c.max_skipped_steps=}. The newest "
+                f"checkpoint is from before them. Lower optimizer.peak_lr, or look at the data.")
+          if (step % c.checkpoint_steps == 0 or step == last or preempted
+              or self._checkpointer.is_best(evaluation)):
+            self._save(step, state, iterator, evaluation)
+        bar.update()
+        if preempted and step < last:
+          self._checkpointer.wait()
+          logger.warning("Told to stop: leaving after step %d with exit code %d; the same command "
+                         "goes on from the newest checkpoint.", step, PREEMPTED_EXIT_CODE)
+          raise Preempted(step)
+
+  def _train_metrics(self, state: TrainState, step_metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Waits for the step."""
+    fetched = jax.device_get({**step_metrics, "total_skipped": state.total_skipped})
+    return {f"train/{name}": float(x) for name, x in fetched.items()} | self._throughput.read()
+
+  def _evaluate(self, step: int, state: TrainState) -> dict[str, float]:
+    # The average is what will be used, where one is kept.
+    params = state.params if state.ema is None else state.ema
+    due = [e for e in self._evaluations
+           if step % e.every_steps == 0 or step == self._config.train_steps]
+    results = {name: value for e in due for name, value in e.run(params).items()}
+    if results:
+      logger.info("Step %d: %s", step, "  ".join(
+          f"{k} {v:.4g}" for k, v in results.items() if "/position_" not in k))
+    best = self._config.checkpoint.keep_best.removeprefix("eval/")
+    if any(best.startswith(f"{e.name}/") for e in due) and best not in results:
+      raise ValueError(f"checkpoint.keep_best={best!r} is no metric; there are {list(results)}.")
+    return results
+
+  def _save(
+      self, step: int, state: TrainState, iterator: Any, evaluation: Mapping[str, float]
+  ) -> None:
+    if skipped := int(jax.device_get(state.skipped)):
+      logger.warning("Step %d: no checkpoint, since the last %d steps were not finite.",
+                     step, skipped)
+      return
+    self._checkpointer.save(step, state, iterator.get_state(), evaluation)
+
+
+class _Preemption(contextlib.AbstractContextManager):
+  """Learns of SIGTERM, and, with several hosts, agrees on the step to stop at."""
+
+  def __init__(self):
+    self._noticed = False
+    # JAX's preemption service has a handler of its own, which this one would displace.
+    self._own_handler = (not jax.distributed.is_initialized()
+                         and threading.current_thread() is threading.main_thread())
+
+  def __enter__(self) -> "_Preemption":
+    if self._own_handler:
+      self._previous = signal.signal(signal.SIGTERM, self._notice)
+    return self
+
+  def __exit__(self, *error: object) -> None:
+    if self._own_handler:
+      signal.signal(signal.SIGTERM, self._previous)
+
+  def reached(self, step: int) -> bool:
+    if jax.distributed.is_initialized():
+      return multihost_utils.reached_preemption_sync_point(step)
+    return self._noticed
+
+  def _notice(self, *_: Any) -> None:
+    self._noticed = True
+
+
+def _check(config: ml_collections.ConfigDict) -> None:
+  for name in ("train_steps", "log_steps", "checkpoint_steps", "batch_size"):
+    if config[name] < 1:
+      raise ValueError(f"config.{name}={config[name]} must be at least 1.")
+  best = config.checkpoint.keep_best.removeprefix("eval/")
+  if best and best.partition("/")[0] not in config.evals:
+    raise ValueError(f"checkpoint.keep_best={best!r} starts with none of config.evals: "
+                     f"{sorted(config.evals)}; it has the form <evaluation>/<metric>.")
+
+
+def _start(
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    checkpointer: checkpoint.Checkpointer,
+    trainer: partition.Trainer,
+) -> tuple[int, TrainState, dict[str, Any] | None]:
+  """The step to start after, the state there, and the data iterator's state if it has one."""
+  if checkpointer.steps():
+    step, state, iterator_state = checkpointer.restore(trainer.abstract_state)
+    logger.info("Start: resumed %s at step %d.", workdir, step)
+    return step, state, iterator_state
+  if config.resume:
+    with checkpoint.Checkpointer(config.resume, read_only=True) as source:
+      step, state, iterator_state = source.restore(trainer.abstract_state)
+    logger.info("Start: resumed config.resume=%s at step %d.", config.resume, step)
+    return step, state, iterator_state
+  state = trainer.init(jax.random.key(config.seed))
+  if config.init_from:
+    params = checkpoint.restore_params(
+        config.init_from, state.params, renames=config.init_rename, new=config.init_new)
+    # A copy even where the dtypes agree: both are donated.
+    ema = None if state.ema is None else jax.tree.map(
+        lambda x: jnp.array(x, jnp.float32, copy=True), params)
+    state = state.replace(params=params, ema=ema)
+    logger.info("Start: parameters of config.init_from=%s, step 0.", config.init_from)
+  else:
+    logger.info("Start: from scratch.")
+  return 0, state, None
+
+
+def _train_flops_per_token(task: Task, config: ml_collections.ConfigDict) -> float:
+  """A backward pass takes twice the flops of a forward pass."""
+  return 3 * flops_per_token(task.model.config, config.data.seq_length)
+
+
+def _write_config(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+  if jax.process_index() != 0:
+    return
+  path = workdir / "config.json"
+  text = config.to_json(indent=2, sort_keys=True) + "\n"
+  if path.exists() and (changed := _differences(json.loads(path.read_text()), json.loads(text))):
+    logger.warning("The config changed since this workdir's last run: %s", "; ".join(changed))
+  path.write_text(text)
+
+
+def _with_tuples(x: Any) -> Any:
+  """JSON has lists where configs have tuples."""
+  if isinstance(x, dict):
+    return {k: _with_tuples(v) for k, v in x.items()}
+  return tuple(_with_tuples(v) for v in x) if isinstance(x, list) else x
+
+
+def _differences(old: Any, new: Any, path: str = "config") -> list[str]:
+  if isinstance(old, dict) and isinstance(new, dict):
+    return [d for k in sorted({*old, *new})
+            for d in _differences(old.get(k), new.get(k), f"{path}.{k}")]
+  return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
+
+
+def _last_values(workdir: pathlib.Path) -> dict[str, float]:
+  lines = metrics.read_metrics(workdir / "metrics.jsonl") if jax.process_index() == 0 else []
+  return {k: v for line in lines for k, v in line.items() if k != "step"}
+
+
+@contextlib.contextmanager
+def _progress(start: int, last: int) -> Iterator[tqdm.tqdm]:
+  """A bar with the time that remains, on process 0 and where someone can see it."""
+  bar = tqdm.tqdm(initial=start, total=last, unit="step", dynamic_ncols=True,
+                  disable=None if jax.process_index() == 0 else True)
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(bar)
+    if not bar.disable:
+      stack.enter_context(
+          tqdm.contrib.logging.logging_redirect_tqdm([logging.getLogger("latentlab")]))
+    yield bar
+
+
+def _show(bar: tqdm.tqdm, step: int, last: int, line: Mapping[str, float]) -> None:
+  shown = {k.partition("/")[2]: f"{line[k]:.4g}" for k in
+           ("train/loss", "train/grad_norm", "train/lr", "perf/tokens_per_sec") if k in line}
+  if bar.disable:
+    logger.info("Step %d/%d: %s", step, last, "  ".join(f"{k} {v}" for k, v in shown.items()))
+  else:
+    bar.set_postfix(shown, refresh=False)
+
+
+def _print_summary(
+    latest: Mapping[str, float],
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    pictures: list[pathlib.Path],
+) -> None:
+  print(f"\nTrained {config.train_steps} steps in {workdir}")
+  for name, value in latest.items():
+    if value is not None and "/position_" not in name:
+      print(f"  {name:<36} {value:.6g}")
+  for name, value in config.expected.items():
+    print(f"  {'expected ' + name:<36} {value}")
+  print("  plots: " + " ".join(str(p.relative_to(workdir)) for p in pictures))
+  sys.stdout.flush()

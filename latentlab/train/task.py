@@ -1,0 +1,133 @@
+"""What a training run optimises: a task, its groups of parameters, and the language model's task.
+
+A task owns the model's initialisation and one or several groups. A group is a loss, an optimiser,
+and patterns that say which parameters they train, so frozen subsets, two-stage and adversarial
+training differ in their groups and share one step and one loop.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Protocol, runtime_checkable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from flax import linen as nn
+
+from latentlab.models import registry
+from latentlab.models.language_model import LanguageModel
+from latentlab.train import optim
+from latentlab.train.state import axis_names
+from latentlab.typing import Array, Float, Key, Params
+
+Batch = Mapping[str, Array]
+
+
+@flax.struct.dataclass
+class LossTerms:
+  """A loss as two sums. The objective is `total / weight`.
+
+  Sums are added over microbatches, devices and processes before they are divided, so the
+  objective does not depend on how a batch was cut, even where weights are uneven.
+
+  Attributes:
+    total: Sum of the weighted losses.
+    weight: Sum of the weights; not differentiated.
+    metrics: Further quantities, each a sum and its weight.
+  """
+
+  total: Float[Array, ""]
+  weight: Float[Array, ""]
+  metrics: Mapping[str, tuple[Float[Array, ""], Float[Array, ""]]] = flax.struct.field(
+      default_factory=dict
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+  """Parameters that one loss and one optimiser train.
+
+  Attributes:
+    name: Key of the optimiser's state; prefixes the metrics of a task with several groups.
+    loss: `(params, batch, key) -> LossTerms`, a function of all parameters.
+    optimizer: Updates at a learning rate of one; the step scales them by `schedule`.
+    schedule: Learning rate at a step of the run.
+    trainable: Regular expressions, each to match whole `/`-joined paths of parameters.
+  """
+
+  name: str
+  loss: Callable[[Params, Batch, Key[Array, ""]], LossTerms]
+  optimizer: optax.GradientTransformation
+  schedule: optax.Schedule
+  trainable: tuple[str, ...] = (".*",)
+
+
+@runtime_checkable
+class Task(Protocol):
+  """A model to initialise and the groups that train it."""
+
+  @property
+  def groups(self) -> tuple[Group, ...]:
+    """The groups; no parameter may belong to two."""
+
+  def init(self, key: Key[Array, ""]) -> Params:
+    """Returns parameters boxed with the names of their logical axes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModelTask:
+  """Next-token prediction over packed documents.
+
+  Batches hold `inputs`, `targets`, `positions`, `segment_ids` and `weights`, all `[B T]`.
+
+  Attributes:
+    model: A model with `init(key, tokens)` and a method `token_losses`.
+    config: The experiment; reads `optimizer`, `train_steps` and `task.trainable`.
+  """
+
+  model: nn.Module
+  config: ml_collections.ConfigDict
+
+  def init(self, key: Key[Array, ""]) -> Params:
+    return self.model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+
+  @functools.cached_property
+  def groups(self) -> tuple[Group, ...]:
+    axes = axis_names(jax.eval_shape(self.init, jax.random.key(0)))
+    schedule = optim.make_schedule(self.config.optimizer, self.config.train_steps)
+    optimizer = optim.make_optimizer(self.config.optimizer, axes)
+    trainable = tuple(self.config.get("task", {}).get("trainable", (".*",)))
+    return (Group("model", self.loss, optimizer, schedule, trainable),)
+
+  def loss(self, params: Params, batch: Batch, key: Key[Array, ""]) -> LossTerms:
+    weights = batch["weights"]
+    nll: Float[Array, "B T"] = self.model.apply(
+        {"params": params},
+        batch["inputs"],
+        batch["targets"],
+        positions=batch["positions"],
+        segment_ids=batch["segment_ids"],
+        deterministic=False,
+        rngs={"dropout": key},
+        method="token_losses",
+    )
+    return LossTerms(total=jnp.sum(nll * weights), weight=jnp.sum(weights))
+
+
+def _language_model(config: ml_collections.ConfigDict, vocab_size: int) -> LanguageModelTask:
+  model_config = registry.build_config(config.model.to_dict(), vocab_size=vocab_size)
+  return LanguageModelTask(LanguageModel(model_config), config)
+
+
+TASKS = {"language_model": _language_model}
+
+
+def build_task(config: ml_collections.ConfigDict, vocab_size: int) -> Task:
+  """Builds the task that `config.task.type` names."""
+  name = config.get("task", {}).get("type", "language_model")
+  if name not in TASKS:
+    raise ValueError(f"config.task.type={name!r} is not a task; choose from {sorted(TASKS)}.")
+  return TASKS[name](config, vocab_size)

@@ -1,0 +1,119 @@
+"""Retention: argument checks, and dispatch to the implementation that serves a platform."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from pallas_kernels.common import note_choice, resolve, target_platform
+from pallas_kernels.retention import reference
+
+Implementation = Literal["xla", "parallel", "recurrent"]
+
+# One that cannot serve its arguments raises NotImplementedError, with the reason.
+IMPLEMENTATIONS = {
+    "xla": reference.chunkwise,
+    "parallel": reference.parallel,
+    "recurrent": reference.recurrent,
+}
+
+_DEFAULTS = {"cpu": ("xla",), "gpu": ("xla",), "tpu": ("xla",)}
+
+
+def retention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K V"],
+    log_decay: Float[Array, "N"] | Float[Array, "B T N"],
+    *,
+    initial_state: Float[Array, "B N H V"] | None = None,
+    lengths: Int[Array, "B"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    chunk_size: int | None = None,
+    implementation: Implementation | Sequence[Implementation] | None = None,
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B N H V"]]:
+  """Retention over `T` tokens with a float32 state: `S_t = exp(g_t) S_{t-1} + k_t^T v_t`, `o_t = q_t S_t`.
+
+  Args:
+    q: Queries, rotated. Nothing is scaled in here.
+    k: Keys, scaled, then rotated; `N` is a multiple of their `K` heads, which query heads share
+      in consecutive groups.
+    v: Values.
+    log_decay: `g`, per head or per token and head; at most 0; `-inf` forgets.
+    initial_state: State after the preceding tokens; zeros if `None`.
+    lengths: Valid tokens per row (right padding); a padded token neither decays nor writes the
+      state. All valid if `None`.
+    segment_ids: Packed documents; the state restarts where the id changes. `initial_state` belongs
+      to the row's first document.
+    chunk_size: A request, which an implementation may round or refuse; any `T` is accepted.
+    implementation: A name is a demand and raises if it cannot be met; a sequence is tried in order;
+      `None` is the target platform's default.
+
+  Returns:
+    The outputs in `v`'s dtype, and the state after the last valid token.
+
+  Raises:
+    ValueError: Shapes disagree, or a name is unknown.
+    ExceptionGroup: Every implementation asked for refused; holds the reasons.
+  """
+  _check_arguments(q, k, v, log_decay, initial_state, lengths, segment_ids, chunk_size)
+  names = resolve(implementation, IMPLEMENTATIONS, _DEFAULTS.get(target_platform(), ("xla",)))
+  refusals = []
+  for name in names:
+    try:
+      out = IMPLEMENTATIONS[name](
+          q, k, v, log_decay, initial_state, lengths, segment_ids, chunk_size)
+    except NotImplementedError as e:  # "Not these inputs"; every other error escapes.
+      refusals.append(e)
+    else:
+      note_choice("retention", name)
+      return out
+  raise ExceptionGroup(f"None of {names} accepts these inputs.", refusals)
+
+
+def retention_step(
+    q: Float[Array, "B N H"],
+    k: Float[Array, "B K H"],
+    v: Float[Array, "B K V"],
+    log_decay: Float[Array, "N"] | Float[Array, "B N"],
+    state: Float[Array, "B N H V"],
+) -> tuple[Float[Array, "B N V"], Float[Array, "B N H V"]]:
+  """Retention over one token, for decoding: `retention` of `T = 1` without its length axis.
+
+  Returns:
+    The output in `v`'s dtype, and the new state.
+
+  Raises:
+    ValueError: Shapes disagree.
+  """
+  per_token = log_decay[:, None] if log_decay.ndim == 2 else log_decay
+  _check_arguments(q[:, None], k[:, None], v[:, None], per_token, state, None, None, None)
+  return reference.retention_step(q, k, v, log_decay, state)
+
+
+def _check_arguments(q, k, v, log_decay, initial_state, lengths, segment_ids, chunk_size):
+  if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
+    raise ValueError(f"q, k and v are laid out B T N H, not {q.shape=} {k.shape=} {v.shape=}.")
+  (batch, length, heads, head_dim), (kv_heads, value_dim) = q.shape, v.shape[2:]
+  if heads % kv_heads:
+    raise ValueError(f"Query heads share key heads evenly; make {q.shape[2]=} a multiple of "
+                     f"{v.shape[2]=}.")
+  expected = {
+      "k": (k, [(batch, length, kv_heads, head_dim)]),
+      "v": (v, [(batch, length, kv_heads, value_dim)]),
+      "log_decay": (log_decay, [(heads,), (batch, length, heads)]),
+      "initial_state": (initial_state, [(batch, heads, head_dim, value_dim)]),
+      "lengths": (lengths, [(batch,)]),
+      "segment_ids": (segment_ids, [(batch, length)]),
+  }
+  for name, (array, shapes) in expected.items():
+    if array is not None and array.shape not in shapes:
+      raise ValueError(f"{name} has shape {array.shape}; with {q.shape=} and {v.shape=} it must be "
+                       f"{' or '.join(map(str, shapes))}.")
+  for name, array in (("lengths", lengths), ("segment_ids", segment_ids)):
+    if array is not None and not jnp.issubdtype(array.dtype, jnp.integer):
+      raise ValueError(f"{name} counts or names tokens; {array.dtype=} must be an integer type.")
+  if chunk_size is not None and chunk_size < 1:
+    raise ValueError(f"{chunk_size=} must be at least 1, or None for the implementation's own.")

@@ -1,0 +1,117 @@
+"""Flags, and what a user is told who got one wrong."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+
+from experiments.configs import common
+from latentlab import app
+
+CONFIG = """
+from experiments.configs import common
+
+def get_config(arg=None):
+  arg = common.parse_arg(arg, row=("small", "large"), smoke=False, seed=0)
+  return common.language_model(seed=arg.seed)
+"""
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture
+def config_file(tmp_path):
+  path = tmp_path / "config.py"
+  path.write_text(CONFIG)
+  yield path
+  flags.FLAGS.unparse_flags()
+  for name in [n for n in flags.FLAGS if n.startswith("config.")]:
+    delattr(flags.FLAGS, name)
+
+
+def _parse(*args, **kwargs):
+  app._parse(["binary", *args], app._OURS, kwargs.get("config_required", True))
+
+
+def test_overrides_reach_the_config(config_file):
+  _parse(f"--config={config_file}:row=large,seed=3", "--workdir=w", "--config.optimizer.b1=0.5",
+         "--config.evals.validation.max_batches=2")
+  config = flags.FLAGS.config
+  assert (config.seed, config.optimizer.b1, config.evals.validation.max_batches) == (3, 0.5, 2)
+
+
+@pytest.mark.parametrize("arguments, messages", [
+  (["--wrkdir=x"], ["Unknown flag --wrkdir (did you mean workdir?)", "--coordinator_address"]),
+  (["--config.seed=1"], ["--config, which has to be given"]),
+  (["--config=C", "--workdir=w", "--config.optimizer.peek_lr=1"],
+   ["--config.optimizer.peek_lr (did you mean peak_lr?)", "warmup_steps"]),
+  (["--config=C", "--workdir=w", "--config.optimiser.peak_lr=1"],
+   ["--config.optimiser (did you mean optimizer?)", "train_steps"]),
+  (["--config=C", "--workdir=w", "--config.seed.x=1"], ["--config.seed.x; config.seed has no"]),
+  (["--config=C", "--workdir=w", "--config.seed=many"], ["invalid literal", "many"]),
+  (["--config=C:row=medium", "--workdir=w"], ["unknown row='medium'", "['small', 'large']"]),
+  (["--config=C:rwo=small", "--workdir=w"], ["'rwo'", "['row', 'seed', 'smoke']"]),
+  (["--config=none.py", "--workdir=w"], ["'none.py' is no file"]),
+  (["--workdir=w"], ["--config is missing"]),
+  (["--config=C"], ["--workdir is missing"]),
+  (["--config=C", "--workdir=w", "train"], ["without a flag: ['train']"]),
+], ids=lambda x: "" if isinstance(x, tuple) else None)
+def test_mistakes_end_in_one_message_with_the_choices(config_file, capsys, arguments, messages):
+  arguments = [a.replace("=C", f"={config_file}") for a in arguments]
+  with pytest.raises(SystemExit) as e:
+    _parse(*arguments)
+  assert e.value.code == 1
+  printed = capsys.readouterr().err
+  for message in messages:
+    assert message in printed
+  assert "Traceback" not in printed and len(printed.splitlines()) == 1
+
+
+def test_config_may_be_optional(config_file):
+  _parse("--workdir=w", config_required=False)
+  assert flags.FLAGS.config is None
+
+
+def test_a_binary_fails_with_one_message(config_file, tmp_path):
+  """The whole way once: a bad value that only the trainer can see."""
+  command = [sys.executable, "-m", "experiments.train", f"--config={config_file}",
+             f"--workdir={tmp_path}", "--config.data.path=/nowhere/text.txt"]
+  env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+  result = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+  assert result.returncode == 1
+  assert "Error: " in result.stderr and "/nowhere/text.txt" in result.stderr
+  assert "Traceback" not in result.stderr
+  result = subprocess.run([*command, "--num_processes=2"], env=env, cwd=tmp_path,
+                          capture_output=True, text=True)
+  assert result.returncode == 1 and "need --coordinator_address" in result.stderr
+
+
+def test_arguments_of_a_config_file():
+  fields = dict(row=("1b3", "2b7"), smoke=False, seed=0, lr=0.5, heads=(1, 2))
+  arg = common.parse_arg("row=2b7,smoke,seed=4,heads=2", **fields)
+  assert (arg.row, arg.smoke, arg.seed, arg.lr, arg.heads) == ("2b7", True, 4, 0.5, 2)
+  assert vars(common.parse_arg(None, **fields)) == dict(
+      row="1b3", smoke=False, seed=0, lr=0.5, heads=1)
+  assert common.parse_arg("smoke=false,lr=1e-3", **fields).lr == 1e-3
+
+
+@pytest.mark.parametrize("arg, message", [
+  ("rows=1b3", r"'rows'; choose among \['row', 'seed', 'smoke'\]"),
+  ("row=6b7", r"row='6b7'; choose one of \['1b3', '2b7'\]"),
+  ("row", "needs a value"),
+  ("seed=x", "seed='x' is no int"),
+  ("smoke=maybe", r"smoke='maybe'; choose one of \['true', 'false'\]"),
+])
+def test_unknown_arguments_are_errors(arg, message):
+  with pytest.raises(ValueError, match=message):
+    common.parse_arg(arg, row=("1b3", "2b7"), smoke=False, seed=0)
+
+
+def test_a_misspelt_field_in_a_config_file_is_an_error():
+  c = common.language_model()
+  with pytest.raises(AttributeError, match="train_steps"):
+    c.train_step = 5
+  c.model.positions = "xpos"  # The model's own check comes later, with its choices.
+  c.evals.more = dict(type="perplexity", every_steps=1)

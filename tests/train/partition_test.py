@@ -1,0 +1,278 @@
+"""One training run under every layout: equal parameters, and the communication each should have."""
+
+import functools
+import math
+import re
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax.sharding import PartitionSpec as P
+
+from latentlab.train import partition
+from latentlab.train.task import build_task
+
+VOCAB, LENGTH, ROWS = 64, 16, 16
+MODELS = {
+    "transformer": dict(num_kv_heads=2),
+    "retnet": dict(chunk_size=4),
+}
+LAYOUTS = {
+    "data": dict(data=8),
+    "fsdp": dict(data=2, fsdp=4),
+    "tensor": dict(data=2, fsdp=2, tensor=2),
+    "mixed": dict(fsdp=2, tensor=2, seq=2),
+    "seq": dict(data=2, seq=4),
+    "pmap": dict(data=8),
+}
+
+
+def _config(model="transformer", layout="data", optimizer="sgd", **fields):
+  config = ml_collections.ConfigDict(dict(
+      model=dict(name=model, num_layers=2, embed_dim=32, num_heads=4, **MODELS[model]),
+      parallelism="pmap" if layout == "pmap" else "jit",
+      mesh=LAYOUTS.get(layout, {"data": 1}),
+      axis_rules=(),
+      train_steps=20,
+      optimizer=dict(name=optimizer, peak_lr=0.2 if optimizer == "sgd" else 1e-3,
+                     schedule="constant", warmup_steps=4, accumulate_steps=1),
+      task=dict(type="language_model"),
+  ))
+  config.update_from_flattened_dict(fields)
+  return config
+
+
+def _trainer(config):
+  devices = jax.devices()[:1] if dict(config.mesh) == {"data": 1} else None
+  return partition.make_trainer(build_task(config, VOCAB), config, devices)
+
+
+def _batch(seed, rows=ROWS):
+  """Packed documents of tokens that mostly count up, so that there is something to learn."""
+  rng = np.random.default_rng(seed)
+  tokens = np.cumsum(rng.integers(0, 3, (rows, LENGTH + 1)), axis=1).astype(np.int32) % VOCAB
+  cuts = rng.integers(1, LENGTH, (rows, 1))
+  columns = np.arange(LENGTH)[None]
+  return {
+      "inputs": tokens[:, :-1],
+      "targets": tokens[:, 1:],
+      "segment_ids": (columns >= cuts).astype(np.int32),
+      "positions": np.where(columns < cuts, columns, columns - cuts).astype(np.int32),
+      "weights": (rng.uniform(0, 2, (rows, LENGTH)) * (columns != cuts - 1)).astype(np.float32),
+  }
+
+
+def _copy(tree):
+  return jax.tree.map(lambda x: np.array(x, copy=True), tree)
+
+
+@functools.cache
+def _run(model, layout, optimizer, steps=20, accumulate_steps=1):
+  """Returns parameters before and after training, and the last loss."""
+  fields = {"optimizer.accumulate_steps": accumulate_steps}
+  trainer = _trainer(_config(model, layout, optimizer, **fields))
+  state = trainer.init(jax.random.key(0))
+  first = _copy(state.params)
+  for i in range(steps):
+    state, metrics = trainer.step(state, trainer.place(_batch(i)))
+  return first, _copy(state.params), float(metrics["loss"])
+
+
+def _difference(got, want):
+  """Largest relative difference of any parameter."""
+  norm = np.linalg.norm
+  ratios = jax.tree.map(lambda a, b: norm(a - b) / max(norm(b), 1e-3), got, want)
+  return max(jax.tree.leaves(ratios))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer, tolerance", [("sgd", 1e-5), ("adam", 1e-4)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_layout_trains_to_equal_parameters(model, layout, optimizer, tolerance):
+  want_first, want, want_loss = _run(model, "one device", optimizer)
+  first, got, loss = _run(model, layout, optimizer)
+  jax.tree.map(np.testing.assert_array_equal, first, want_first)
+  assert _difference(got, want) < tolerance
+  assert _difference(got, first) > 100 * tolerance  # It learned something.
+  np.testing.assert_allclose(loss, want_loss, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["fsdp", "pmap"])
+def test_accumulation_equals_the_whole_batch_on_a_mesh(layout):
+  _, want, _ = _run("transformer", "one device", "sgd", steps=4)
+  _, got, _ = _run("transformer", layout, "sgd", steps=4, accumulate_steps=2)
+  assert _difference(got, want) < 1e-5
+
+
+def _collectives(trainer):
+  """Counts the collectives of the compiled step."""
+  state, batch = trainer.init(jax.random.key(0)), trainer.place(_batch(0))
+  text = trainer.lower(state, batch).compile().as_text()
+  kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+  names = re.findall(rf"= .*? ({kinds})(?:-start)?\(", text)
+  return {name: names.count(name) for name in set(names)}
+
+
+def _share_on_one_device(params):
+  """Returns the share of the parameters' bytes that the first device holds."""
+  leaves = jax.tree.leaves(params)
+  return sum(x.addressable_shards[0].data.nbytes for x in leaves) / sum(x.nbytes for x in leaves)
+
+
+@pytest.mark.parametrize("layout", ["data", "pmap"])
+def test_data_parallelism_only_reduces(layout):
+  trainer = _trainer(_config("retnet", layout))
+  assert _collectives(trainer).keys() == {"all-reduce"}
+  assert _share_on_one_device(trainer.init(jax.random.key(0)).params) == 1
+
+
+def test_fsdp_gathers_parameters_that_lie_in_shards():
+  trainer = _trainer(_config(optimizer="adam", mesh={"fsdp": 8}))
+  found = _collectives(trainer)
+  assert found["all-gather"] > 0
+  assert found.keys() & {"reduce-scatter", "all-reduce"}
+  state = trainer.init(jax.random.key(0))
+  assert _share_on_one_device(state.params) < 1.01 / 8
+  assert _share_on_one_device(state.opt_states) < 1.05 / 8  # Adam's count is on every device.
+
+
+def test_tensor_parallelism_reduces_activations():
+  trainer = _trainer(_config(mesh={"tensor": 2, "data": 4}))
+  assert _collectives(trainer)["all-reduce"] > _collectives(_trainer(_config()))["all-reduce"]
+  assert _share_on_one_device(trainer.init(jax.random.key(0)).params) < 0.55
+
+
+@pytest.mark.parametrize("model, collective",
+                         [("transformer", "all-gather"), ("retnet", "collective-permute")])
+def test_a_sharded_sequence_gathers_keys_or_passes_states(model, collective):
+  assert _collectives(_trainer(_config(model, "seq"))).get(collective, 0) > 0
+
+
+@pytest.mark.parametrize("layout", ["mixed", "pmap"])
+def test_a_step_compiles_once_donates_its_state_and_transfers_nothing(layout):
+  compiled = []
+  def listen(event, seconds, **kwargs):
+    if event == "/jax/core/compile/backend_compile_duration":
+      compiled.append(event)
+  config = _config("retnet", layout, "adamw",
+                   **{"optimizer.weight_decay": 0.1, "optimizer.ema_decay": 0.9})
+  trainer = _trainer(config)
+  state = trainer.init(jax.random.key(0))
+  for i in range(4):
+    batch, old = trainer.place(_batch(i)), state
+    if i == 1:
+      jax.monitoring.register_event_duration_secs_listener(listen)
+    with jax.transfer_guard("disallow"):
+      state, metrics = trainer.step(state, batch)
+    # The key is not changed, so pmap, which takes its words, leaves it.
+    assert all(x.is_deleted() for x in jax.tree.leaves(old.replace(key=None)))
+  jax.monitoring.unregister_event_duration_listener(listen)
+  assert trainer.num_compilations() == 1 and not compiled
+  assert np.isfinite(metrics["loss"]) and state.step == 4
+  describe = lambda x: (x.shape, x.dtype)
+  assert jax.tree.map(describe, state) == jax.tree.map(describe, trainer.abstract_state)
+  assert all(
+      x.sharding.is_equivalent_to(y.sharding, x.ndim) for x, y in
+      zip(jax.tree.leaves(state), jax.tree.leaves(trainer.abstract_state), strict=True))
+
+
+def test_optimizer_and_average_lie_like_their_parameters():
+  config = _config(layout="mixed", optimizer="muon", **{"optimizer.ema_decay": 0.9})
+  state = _trainer(config).abstract_state
+  specs = lambda tree: jax.tree.map(lambda x: x.sharding.spec, tree)
+  params = specs(state.params)
+  assert specs(state.ema) == params
+  flat = {jax.tree_util.keystr(path): spec for path, spec in jax.tree.leaves_with_path(params)}
+  moments = 0
+  for path, spec in jax.tree.leaves_with_path(specs(state.opt_states)):
+    owner = [p for p in flat if jax.tree_util.keystr(path).endswith(p)]
+    assert spec == (flat[owner[0]] if owner else P())
+    moments += len(owner)
+  assert moments >= len(flat)
+  assert {axis for spec in flat.values() for axis in spec} >= {"fsdp", "tensor"}
+
+
+@pytest.mark.parametrize("layout", ["mixed", "pmap"])
+def test_an_evaluation_compiles_for_the_layout(layout):
+  config = _config("transformer", layout)
+  trainer, task = _trainer(config), build_task(config, VOCAB)
+  params = trainer.init(jax.random.key(0)).params
+  rows = trainer.compile(lambda params, batch: task.loss(params, batch, jax.random.key(0)))
+  terms = rows(params, _batch(0))
+  want = jax.jit(task.loss)(_copy(params), _batch(0), jax.random.key(0))
+  np.testing.assert_allclose(terms.total, want.total, rtol=1e-5)
+  assert terms.total.is_fully_replicated
+
+
+@pytest.mark.parametrize("sizes, shape", [
+    (dict(data=-1), (8, 1, 1, 1)), (dict(data=2, fsdp=-1, seq=2), (2, 2, 1, 2)),
+    (dict(data=1, fsdp=2, tensor=2, seq=2), (1, 2, 2, 2))])
+def test_mesh_sizes(sizes, shape):
+  mesh = partition.make_mesh(sizes)
+  assert tuple(mesh.shape.values()) == shape and mesh.axis_names == partition.MESH_AXES
+  assert mesh.axis_types == (jax.sharding.AxisType.Auto,) * 4
+
+
+@pytest.mark.parametrize("sizes, message", [
+    (dict(data=3), "takes 3 devices, but there are 8"),
+    (dict(data=-1, tensor=3), "takes 6 devices, but there are 8"),
+    (dict(data=-1, fsdp=-1), "-1 at most once"),
+    (dict(data=0), "positive sizes"),
+    (dict(data=-1, model=2), r"config.mesh has \['model'\]"),
+])
+def test_bad_meshes_are_errors(sizes, message):
+  with pytest.raises(ValueError, match=message):
+    partition.make_mesh(sizes)
+
+
+def test_rules_can_be_overridden():
+  config = _config(mesh={"tensor": 2, "fsdp": 4}, axis_rules=(("mlp", None), ("vocab", "fsdp")))
+  specs = {x.sharding.spec for x in jax.tree.leaves(_trainer(config).abstract_state.params)}
+  axes = {axis for spec in specs for axis in spec}
+  assert "tensor" in axes and dict(_trainer(config).rules)["mlp"] is None
+  with pytest.raises(ValueError, match=r"'mlp' to \['model'\].*'tensor'"):
+    partition.make_rules((("mlp", "model"),))
+  with pytest.raises(ValueError, match="pairs"):
+    partition.make_rules(("mlp",))
+
+
+@pytest.mark.parametrize("fields, message", [
+    ({"mesh": {"tensor": 8}}, r"Dimension \d \('(kv_)?heads'\) of parameter '.*_proj/kernel' has "
+                              r"size \d.*8 devices of mesh axes tensor.*axis_rules"),
+    ({"parallelism": "pmap", "mesh": {"data": 4, "tensor": 2}}, "pmap.*data parallelism only"),
+    ({"parallelism": "xmap"}, r"parallelism='xmap'.*\['jit', 'pmap'\]"),
+    ({"task.type": "vision"}, r"task.type='vision'.*language_model"),
+])
+def test_layouts_that_do_not_fit_are_errors(fields, message):
+  with pytest.raises(ValueError, match=message):
+    _trainer(_config(**fields))
+
+
+def test_a_logical_axis_without_a_rule_is_an_error():
+  class Odd(nn.Module):
+    @nn.compact
+    def __call__(self, tokens):
+      init = nn.with_logical_partitioning(nn.initializers.ones, ("colour",))
+      return self.param("scale", init, (8,))
+
+  config = _config()
+  task = build_task(config, VOCAB)
+  task = type(task)(Odd(), config)
+  with pytest.raises(ValueError, match=r"'scale' has the logical axes \['colour'\].*axis_rules"):
+    partition.make_trainer(task, config)
+
+
+@pytest.mark.parametrize("layout, rows, length, message", [
+    ("data", 12, LENGTH, "batch_size=12 must be a multiple of 8"),
+    ("pmap", 12, LENGTH, "batch_size=12 must be a multiple of 8"),
+    ("seq", 16, 6, "sequence length of 6 must be a multiple of 4"),
+])
+def test_batches_that_do_not_divide_are_errors(layout, rows, length, message):
+  trainer = _trainer(_config(layout=layout))
+  with pytest.raises(ValueError, match=message):
+    trainer.place({name: x[:, :length] for name, x in _batch(0, rows).items()})
+  assert math.prod(trainer.mesh.shape.values()) == 8
