@@ -9,8 +9,8 @@ _ROOT = pathlib.Path(__file__).parent
 _INIT = (_ROOT / "latentlab/__init__.py").read_text()
 _VERSION = re.search(r'^__version__ = "(.+)"$', _INIT, re.MULTILINE)[1]
 
-# Both ends of the range of jax are run by .ci/run; Pallas changes with every minor release.
-_JAX = ">=0.10,<0.13"
+# Pallas changes with every minor release. In 0.10.0 an abstract device does not know its platform.
+_JAX = ">=0.10.1,<0.13"
 
 _EXTRAS = {
   "cuda13": [f"jax[cuda13]{_JAX}"],
@@ -46,13 +46,13 @@ setuptools.setup(
   install_requires=[
     f"jax{_JAX}",
     "absl-py>=2.1,<3",
-    "flax>=0.12,<0.13",
+    "flax>=0.12.6,<0.13",
     "grain>=0.2.15,<0.3",
     "jaxtyping>=0.3.2,<0.4",
     "matplotlib>=3.9,<4",
     "ml_collections>=1.1,<2",
     "numpy>=2.0,<3",
-    "optax>=0.2.6,<0.3",
+    "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12,<0.13",
     "tokenizers>=0.21,<0.24",
     "tqdm>=4.66,<5",

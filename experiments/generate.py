@@ -35,7 +35,7 @@ _TOP_K = flags.DEFINE_integer("top_k", None, "Keeps the best tokens.")
 _TOP_P = flags.DEFINE_float("top_p", None, "Keeps the fewest best tokens of this mass.")
 _MIN_P = flags.DEFINE_float("min_p", None, "Keeps tokens this probable relative to the best.")
 _PENALTY = flags.DEFINE_float(
-    "repetition_penalty", None, "Divides positive logits of recent tokens, multiplies negative ones.")
+    "repetition_penalty", None, "Makes recent tokens less probable; 1 does nothing.")
 _GREEDY = flags.DEFINE_bool("greedy", False, "Takes the best token instead of drawing one.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the samples.", lower_bound=0)
 _STEP = flags.DEFINE_string("step", "latest", "A step, 'latest' or 'best'.")
@@ -113,7 +113,7 @@ def _sampler() -> sample.TokenSampler:
     useless = [f for f in (_TEMPERATURE, _TOP_K, _TOP_P, _MIN_P) if f.value is not None]
     useless += [_NUM_SAMPLES] if _NUM_SAMPLES.value > 1 else []
     for flag in useless:
-      raise ValueError(f"--{flag.name}={flag.value} has no meaning with --greedy; drop one of them.")
+      raise ValueError(f"--{flag.name}={flag.value} means nothing with --greedy; drop one of them.")
   try:
     return sample.token_sampler(
         temperature=1.0 if _TEMPERATURE.value is None else _TEMPERATURE.value, top_k=_TOP_K.value,
@@ -158,6 +158,8 @@ def _write(
   decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in prompts]
   rows = [{"text": "", "tokens": [], "log_prob": 0.0, "finished": False} for _ in prompts]
   start, width = time.monotonic(), 0
+  if _STREAM.value:
+    printer.show()  # The first prompt, while the first block is compiled.
   # A bar and a text on one terminal would write over each other.
   with tqdm.tqdm(total=_NUM_TOKENS.value, unit="token", leave=False, file=sys.stderr,
                  disable=True if _STREAM.value else None) as bar:

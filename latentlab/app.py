@@ -33,7 +33,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 _COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "<host>:<port> of process 0, or 'auto' to ask the cluster.")
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run, over all hosts.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run, on all hosts.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
 _DEBUG = flags.DEFINE_bool("debug", False, "Show tracebacks, and the libraries' own log lines.")
 _OURS = ("config", "workdir", "coordinator_address", "num_processes", "process_id", "debug")
@@ -60,8 +60,11 @@ def _parse(argv: Sequence[str], names: Sequence[str], config_required: bool) -> 
       _fail(f"--{e.flagname} overrides a field of --config, which has to be given too.")
     _fail(f"Unknown flag --{e.flagname}{_close(e.flagname, names)}; "
           f"choose among {_listed(f'--{n}' for n in names)}.")
-  except AttributeError as e:  # How ml_collections says that a field is unknown.
-    _fail(_unknown_field(argv) or str(e))
+  except (AttributeError, KeyError):  # How ml_collections says that a field is unknown.
+    message = _unknown_field(argv)  # Raises again what the config file itself raised.
+    if message is None:
+      raise
+    _fail(message)
   except (flags.Error, TypeError, ValueError) as e:
     _fail(_first_cause(e))
   if len(rest) > 1:

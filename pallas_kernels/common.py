@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import jax
 from jax import Array
@@ -22,7 +22,7 @@ def target_platform() -> str:
 
 
 def resolve(
-    implementation: str | Sequence[str] | None, known: Sequence[str], default: Sequence[str]
+    implementation: str | Sequence[str] | None, known: Collection[str], default: Sequence[str]
 ) -> tuple[str, ...]:
   """The names to try, in order, for an `implementation` argument.
 

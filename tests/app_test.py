@@ -31,13 +31,17 @@ def config_file(tmp_path):
     delattr(flags.FLAGS, name)
 
 
-def _parse(*args, **kwargs):
-  app._parse(["binary", *args], app._OURS, kwargs.get("config_required", True))
+@pytest.fixture
+def parse(monkeypatch, config_file):
+  def run(*args, config_required=True):
+    monkeypatch.setattr(sys, "argv", ["binary", *args])  # Where ml_collections finds overrides.
+    app._parse(sys.argv, app._OURS, config_required)
+  return run
 
 
-def test_overrides_reach_the_config(config_file):
-  _parse(f"--config={config_file}:row=large,seed=3", "--workdir=w", "--config.optimizer.b1=0.5",
-         "--config.evals.validation.max_batches=2")
+def test_overrides_reach_the_config(parse, config_file):
+  parse(f"--config={config_file}:row=large,seed=3", "--workdir=w", "--config.optimizer.b1=0.5",
+        "--config.evals.validation.max_batches=2")
   config = flags.FLAGS.config
   assert (config.seed, config.optimizer.b1, config.evals.validation.max_batches) == (3, 0.5, 2)
 
@@ -58,10 +62,11 @@ def test_overrides_reach_the_config(config_file):
   (["--config=C"], ["--workdir is missing"]),
   (["--config=C", "--workdir=w", "train"], ["without a flag: ['train']"]),
 ], ids=lambda x: "" if isinstance(x, tuple) else None)
-def test_mistakes_end_in_one_message_with_the_choices(config_file, capsys, arguments, messages):
+def test_mistakes_end_in_one_message_with_the_choices(
+    parse, config_file, capsys, arguments, messages):
   arguments = [a.replace("=C", f"={config_file}") for a in arguments]
   with pytest.raises(SystemExit) as e:
-    _parse(*arguments)
+    parse(*arguments)
   assert e.value.code == 1
   printed = capsys.readouterr().err
   for message in messages:
@@ -69,8 +74,8 @@ def test_mistakes_end_in_one_message_with_the_choices(config_file, capsys, argum
   assert "Traceback" not in printed and len(printed.splitlines()) == 1
 
 
-def test_config_may_be_optional(config_file):
-  _parse("--workdir=w", config_required=False)
+def test_config_may_be_optional(parse):
+  parse("--workdir=w", config_required=False)
   assert flags.FLAGS.config is None
 
 

@@ -105,6 +105,11 @@ class Task:
   stream: int
   num_rows: int
 
+  def __post_init__(self):
+    if self.seq_length < synthetic.SHORTEST:
+      raise ValueError(f"data.seq_length={self.seq_length} is too short for a synthetic task; it "
+                       f"needs at least {synthetic.SHORTEST}.")
+
   def order(self, indices: np.ndarray, seed: int) -> np.ndarray:
     return indices + (seed << 30)  # Every seed has rows of its own.
 
@@ -176,15 +181,23 @@ class Data:
     endless = sys.maxsize // (2 * self.batch_size)
     return iter(self._dataset(self.training, endless, seed).to_iter_dataset(_READ_OPTIONS))
 
-  def eval_batches(self, split: str, max_batches: int | None = None) -> grain.IterDataset[Batch]:
+  def eval_batches(
+      self, split: str, max_batches: int | None = None, seq_length: int | None = None
+  ) -> grain.IterDataset[Batch]:
     """A split's batches in corpus order, once, every target once; the last is padded.
 
-    Documents lie in a random order, so the first `max_batches` are a fair sample.
+    Documents lie in a random order, so the first `max_batches` are a fair sample. `seq_length`
+    cuts windows of another length than those of training.
     """
-    num_batches = -(-self._split(split).num_rows // self.batch_size)
+    rows = self._split(split)
+    if seq_length is not None:
+      if seq_length < 1:
+        raise ValueError(f"{seq_length=} of an evaluation must be at least 1.")
+      rows = dataclasses.replace(rows, seq_length=seq_length)
+    num_batches = -(-rows.num_rows // self.batch_size)
     if max_batches is not None:
       num_batches = min(num_batches, max_batches)
-    return self._dataset(self._split(split), num_batches).to_iter_dataset(_READ_OPTIONS)
+    return self._dataset(rows, num_batches).to_iter_dataset(_READ_OPTIONS)
 
   def raw_bytes(self, split: str, max_batches: int | None = None) -> bytes:
     """The raw bytes of a split, or of what `eval_batches(split, max_batches)` shows of it."""
@@ -262,9 +275,6 @@ def _synthetic(config: DataConfig, *place: int) -> Data:
     raise ValueError(f"data.source='synthetic' is made of bytes: data.tokenizer="
                      f"{config.tokenizer!r} and data.vocab_size={config.vocab_size} must be 'bytes'"
                      " and 0.")
-  if config.seq_length < synthetic.SHORTEST:
-    raise ValueError(f"data.seq_length={config.seq_length} is too short for a synthetic task; it "
-                     f"needs at least {synthetic.SHORTEST}.")
   tokenizer = tokenizers.ByteTokenizer()
   make = functools.partial(Task, config.task, tokenizer, config.seq_length)
   splits = {"train": make(stream=0, num_rows=1024), "validation": make(stream=1, num_rows=1024)}

@@ -14,8 +14,13 @@ a binary search.
 """
 
 import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
+
+from latentlab.data import Data
+from latentlab.typing import Params
 
 _LONGEST = 8
 """Bytes of a 64-bit number."""
@@ -58,6 +63,57 @@ def bits_per_byte(
 def zlib_bits_per_byte(eval_bytes: bytes) -> float:
   """Size under `zlib -9`, which has seen nothing before."""
   return 8 * len(zlib.compress(eval_bytes, 9)) / len(eval_bytes)
+
+
+class Evaluator:
+  """N-grams counted on exactly the bytes that a run has seen, as baselines of its bits per byte.
+
+  They do not depend on the parameters, so this is an evaluation for the end of a run. `zlib` and
+  the n-gram of the whole training split are printed for honesty: neither is limited to what the run
+  has had the time to read.
+  """
+
+  def __init__(
+    self,
+    task: Any,
+    data: Data,
+    compile: Callable[..., Any],
+    *,
+    num_batches: int,
+    seed: int,
+    split: str = "validation",
+    max_batches: int | None = None,
+    orders: Sequence[int] = (1, 3, 5),
+  ):
+    """Checks the fields.
+
+    Args:
+      task: Not used; n-grams are of any task's data.
+      data: Holds the splits.
+      compile: Not used.
+      num_batches: Training batches that count as seen: the run's steps.
+      seed: Of the training batches: the run's.
+      split: What is predicted.
+      max_batches: How many of its batches, as in the perplexity evaluation; all if `None` or 0.
+      orders: Orders of the n-grams.
+    """
+    del task, compile
+    if not orders or not all(1 <= n <= _LONGEST for n in orders):
+      raise ValueError(f"{orders=} of an ngram evaluation must lie in [1, {_LONGEST}].")
+    self._data, self._num_batches, self._seed = data, num_batches, seed
+    self._split, self._max_batches, self._orders = split, max_batches or None, tuple(orders)
+
+  def run(self, params: Params) -> Iterator[tuple[str, float]]:
+    """Yields the bytes seen, and bits per byte by baseline."""
+    del params
+    text = self._data.raw_bytes(self._split, self._max_batches)
+    seen = self._data.seen_bytes(self._num_batches, self._seed)
+    yield "seen_bytes", float(len(seen))
+    for order in self._orders:
+      yield f"order_{order}/bits_per_byte", bits_per_byte(seen, text, order)
+    yield "zlib/bits_per_byte", zlib_bits_per_byte(text)
+    whole, order = self._data.raw_bytes("train"), max(self._orders)
+    yield f"whole_corpus_order_{order}/bits_per_byte", bits_per_byte(whole, text, order)
 
 
 def _grams(text: np.ndarray, n: int) -> np.ndarray:

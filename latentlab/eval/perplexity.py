@@ -27,6 +27,7 @@ class Evaluator:
       *,
       split: str = "validation",
       max_batches: int | None = None,
+      seq_length: int | None = None,
       num_buckets: int = 4,
   ):
     """Checks the fields; nothing is compiled before the first run.
@@ -37,9 +38,10 @@ class Evaluator:
       compile: See `runner.Compile`.
       split: Of the data.
       max_batches: How many of its batches to read; all if `None` or 0.
+      seq_length: Tokens of a window; as in training if `None` or 0.
       num_buckets: Equal ranges of positions whose losses are reported as `position_<first>_<last>`.
     """
-    self._batches = data.eval_batches(split, max_batches or None)
+    self._batches = data.eval_batches(split, max_batches or None, seq_length or None)
     self._byte_lengths = np.asarray(data.tokenizer.byte_lengths, np.float32)
     self._model = task.model
     if num_buckets < 1:

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 from latentlab.data import Data
-from latentlab.eval import perplexity
+from latentlab.eval import ngram, perplexity
 from latentlab.typing import Params
 
-EVALUATORS = {"perplexity": perplexity}
+EVALUATORS = {"ngram": ngram, "perplexity": perplexity}
 
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 """Compiles `(params, batch) -> arrays` for a layout; takes this process's rows as NumPy arrays."""

@@ -1,10 +1,12 @@
 """What every block is told: the sizes it shares with its neighbours, and the tokens' context."""
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
+from jax.nn.initializers import Initializer
 from jax.sharding import PartitionSpec
 
 from latentlab.layers.initializers import Initializers
@@ -61,21 +63,51 @@ class Context:
     return jnp.arange(self.positions.shape[1]) < self.lengths[:, None]
 
 
+class Projection(nn.Module):
+  """A bias-free linear map of the last axes, `in -> features`, without a reshape in between.
+
+  Linen's own dense layers initialise a flat kernel and reshape it, which a kernel with named axes
+  does not survive under a mesh.
+
+  Attributes:
+    features: Sizes of the axes it makes.
+    axes: Logical axes of its kernel, those contracted first.
+    initializer: Of the kernel, seen as a matrix.
+    dtype: Of the product; the kernel is float32.
+    num_contracted: How many of the last axes of its input it contracts.
+  """
+
+  features: tuple[int, ...]
+  axes: tuple[str, ...]
+  initializer: Initializer
+  dtype: DTypeLike
+  num_contracted: int = 1
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    shape = (*x.shape[x.ndim - self.num_contracted :], *self.features)
+
+    def init(key, shape, dtype=jnp.float32):
+      matrix = (math.prod(shape[: self.num_contracted]), math.prod(self.features))
+      return self.initializer(key, matrix, dtype).reshape(shape)
+
+    kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape)
+    return jnp.tensordot(x.astype(self.dtype), kernel.astype(self.dtype), self.num_contracted)
+
+
 def heads_projection(
   shared: Shared, num_heads: int, head_dim: int, *, heads_axis: str = "heads", name: str
-) -> nn.DenseGeneral:
-  """A bias-free projection `D -> (heads, head_dim)`, as every mixer has several of."""
-  init = nn.with_logical_partitioning(shared.init.mixer_in, ("embed", heads_axis, "head_dim"))
-  return nn.DenseGeneral(
-    (num_heads, head_dim), use_bias=False, dtype=shared.dtype, kernel_init=init, name=name
-  )
+) -> Projection:
+  """A projection `D -> (heads, head_dim)`, as every mixer has several of."""
+  axes = ("embed", heads_axis, "head_dim")
+  return Projection((num_heads, head_dim), axes, shared.init.mixer_in, shared.dtype, name=name)
 
 
-def output_projection(shared: Shared, *, name: str = "out_proj") -> nn.DenseGeneral:
-  """A bias-free projection `(heads, head_dim) -> D`."""
-  init = nn.with_logical_partitioning(shared.init.mixer_out, ("heads", "head_dim", "embed"))
-  return nn.DenseGeneral(
-    shared.embed_dim, axis=(-2, -1), use_bias=False, dtype=shared.dtype, kernel_init=init, name=name
+def output_projection(shared: Shared, *, name: str = "out_proj") -> Projection:
+  """A projection `(heads, head_dim) -> D`."""
+  axes = ("heads", "head_dim", "embed")
+  return Projection(
+    (shared.embed_dim,), axes, shared.init.mixer_out, shared.dtype, num_contracted=2, name=name
   )
 
 

@@ -4,7 +4,7 @@ import dataclasses
 
 from flax import linen as nn
 
-from latentlab.layers.common import Shared
+from latentlab.layers.common import Projection, Shared
 from latentlab.typing import Array, Float
 
 # The exact GELU of the papers, not its tanh approximation.
@@ -58,13 +58,13 @@ class FeedForward(nn.Module):
     hidden = self._dense("in_proj")(x)
     hidden = act(self._dense("gate_proj")(x)) * hidden if self.config.gated else act(hidden)
     hidden = nn.with_logical_constraint(hidden, ("act_batch", "act_length", "act_mlp"))
-    init = nn.with_logical_partitioning(self.shared.init.mlp_out, ("mlp", "embed"))
-    return nn.Dense(
-      x.shape[-1], use_bias=False, dtype=self.shared.dtype, kernel_init=init, name="out_proj"
+    return Projection(
+      (x.shape[-1],), ("mlp", "embed"), self.shared.init.mlp_out, self.shared.dtype,
+      name="out_proj",
     )(hidden)
 
   def _dense(self, name):
-    init = nn.with_logical_partitioning(self.shared.init.mlp_in, ("embed", "mlp"))
-    return nn.Dense(
-      self.config.mlp_dim, use_bias=False, dtype=self.shared.dtype, kernel_init=init, name=name
+    return Projection(
+      (self.config.mlp_dim,), ("embed", "mlp"), self.shared.init.mlp_in, self.shared.dtype,
+      name=name,
     )

@@ -4,9 +4,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from pallas_kernels.common import vary_alike
 
 from latentlab.typing import Array, Float, Int
+from pallas_kernels.common import vary_alike
 
 
 def cross_entropy(

@@ -31,7 +31,7 @@ LAYOUTS = {
 
 def _config(model="transformer", layout="data", optimizer="sgd", **fields):
   config = ml_collections.ConfigDict(dict(
-      model=dict(name=model, num_layers=2, embed_dim=32, num_heads=4, **MODELS[model]),
+      model=dict(name=model, num_layers=2, embed_dim=32, num_heads=4, unroll=1, **MODELS[model]),
       parallelism="pmap" if layout == "pmap" else "jit",
       mesh=LAYOUTS.get(layout, {"data": 1}),
       axis_rules=(),

@@ -1,0 +1,1 @@
+"""Benchmarks against the best public peers; see README.md beside this file."""

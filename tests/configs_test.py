@@ -1,0 +1,134 @@
+"""Every config: all rows and scales build, at full size and abstractly; one row a file trains."""
+
+import importlib
+import itertools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import pytest
+
+from latentlab import data as data_lib
+from latentlab import eval as eval_lib
+from latentlab.train import loop, metrics, optim
+from latentlab.train.task import build_task
+
+_CONFIGS = pathlib.Path(__file__).parent.parent / "experiments/configs"
+_FILES = sorted(p.relative_to(_CONFIGS).with_suffix("") for p in _CONFIGS.rglob("*.py")
+                if p.stem not in ("__init__", "common"))
+
+
+def _module(file):
+  return importlib.import_module(".".join(["experiments.configs", *file.parts]))
+
+
+def _arguments(file):
+  """What can stand behind the colon, `smoke` and `seed` aside."""
+  module = _module(file)
+  if not hasattr(module, "ROWS"):
+    return [""]
+  return [f"row={row},scale={scale}"
+          for row, scale in itertools.product(module.ROWS, module.SCALES)]
+
+
+_EVERY = [(file, argument) for file in _FILES for argument in _arguments(file)]
+_each = pytest.mark.parametrize("file, argument", _EVERY, ids=[f"{f}:{a}" for f, a in _EVERY])
+_each_file = pytest.mark.parametrize("file", _FILES, ids=str)
+
+
+def _config(file, argument="", *more):
+  return _module(file).get_config(",".join(filter(None, (argument, *more))))
+
+
+def _vocab_size(config):
+  return config.data.vocab_size or data_lib.ByteTokenizer().vocab_size
+
+
+@_each
+def test_builds(file, argument):
+  config = _config(file, argument)
+  data_lib.DataConfig.of(config.data.to_dict())
+  assert config.data.vocab_size or config.data.tokenizer == "bytes"
+  task = build_task(config, _vocab_size(config))
+  params = jax.eval_shape(task.init, jax.random.key(0))
+  shape = (config.batch_size, config.data.seq_length)
+  ints = dict.fromkeys(("inputs", "targets", "positions", "segment_ids"),
+                       jax.ShapeDtypeStruct(shape, jnp.int32))
+  batch = ints | {"weights": jax.ShapeDtypeStruct(shape, jnp.float32)}
+  for group in task.groups:
+    grads, terms = jax.eval_shape(
+        jax.grad(lambda p, b, k, f=group.loss: ((t := f(p, b, k)).total, t), has_aux=True),
+        params, batch, jax.random.key(0))
+    assert terms.total.shape == terms.weight.shape == ()
+    assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, params)
+  assert optim.make_schedule(config.optimizer, config.train_steps)(0) > 0
+
+
+@_each
+def test_seed_and_smoke_are_arguments(file, argument):
+  assert _config(file, argument, "seed=3").seed == 3
+  assert _config(file, argument, "smoke").train_steps <= 20
+  with pytest.raises(ValueError, match="unknown config argument 'smok'"):
+    _config(file, argument, "smok")
+
+
+@_each_file
+def test_one_row_trains(file, tmp_path):
+  (tmp_path / "text.txt").write_text("Nobody expects the quick brown fox to jump again. " * 400)
+  config = _config(file, _arguments(file)[-1], "smoke")
+  config.data.update(path=str(tmp_path / "text.txt"), cache_dir=str(tmp_path))
+  config.train_steps = config.checkpoint_steps = 2
+  loop.train(config, tmp_path / "run")
+  last = metrics.read_metrics(tmp_path / "run/metrics.jsonl")[-1]
+  assert last["step"] == 2 and last["train/loss"] > 0
+  assert all(any(k.startswith(f"eval/{name}/") for k in last) for name in config.evals)
+
+
+@pytest.mark.parametrize("file", [f for f in _FILES if hasattr(_module(f), "ROWS")], ids=str)
+def test_a_table_measures_what_it_says(file, tmp_path):
+  module = _module(file)
+  assert module.BASE in module.ROWS
+  columns = {tuple(row["expected"]) for row in module.ROWS.values()}
+  assert len(columns) == 1 and module.METRIC["paper"] in columns.pop()
+  for row in module.ROWS.values():
+    assert row["about"] and all(x is None or x > 0 for x in row["expected"].values())
+  for name in (module.METRIC["ours"], *module.ALSO):
+    assert name.partition("/")[0] in _config(file, _arguments(file)[0]).evals
+
+
+def _body_params(config: ml_collections.ConfigDict) -> int:
+  task = build_task(config, _vocab_size(config))
+  params = jax.eval_shape(task.init, jax.random.key(0))
+  return sum(x.size for path, x in jax.tree.leaves_with_path(params)
+             if x.ndim > 2 and "decoder" in jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("scale, width, layers", [("paper", 1024, 16), ("small", 64, 3)])
+def test_ablations_have_equal_sizes(scale, width, layers):
+  file = pathlib.Path("retnet/table6_ablations")
+  rows = _module(file).ROWS
+  sizes = {row: _body_params(_config(file, f"row={row},scale={scale}")) for row in rows}
+  assert set(sizes.values()) == {12 * layers * width**2}, sizes
+
+
+def test_ablations_see_the_same_text_at_both_lengths():
+  config = _config(pathlib.Path("retnet/table6_ablations"), "scale=small")
+  short, long = config.evals.validation, config.evals.validation_4x
+  assert long.seq_length == 512 == 4 * config.data.seq_length
+  assert short.max_batches * config.data.seq_length == long.max_batches * long.seq_length
+
+
+def test_evaluates_at_another_length(tmp_path):
+  (tmp_path / "text.txt").write_text("Nobody expects the quick brown fox to jump again. " * 400)
+  data = data_lib.build(dict(path=str(tmp_path / "text.txt"), cache_dir=str(tmp_path),
+                             seq_length=16), batch_size=4)
+  short, long = (list(data.eval_batches("validation", seq_length=n)) for n in (None, 64))
+  assert short[0]["inputs"].shape == (4, 16) and long[0]["inputs"].shape == (4, 64)
+  assert sum(b["weights"].sum() for b in short) == sum(b["weights"].sum() for b in long)
+  assert (long[0]["inputs"][0] == short[0]["inputs"].ravel()).all()
+  for fields, message in ((dict(seq_length=-1), "seq_length=-1 of an evaluation"),
+                          (dict(seq_len=8), "unknown fields")):
+    with pytest.raises(ValueError, match=message):
+      eval_lib.build({"x": dict(type="perplexity", every_steps=1, **fields)},
+                     type("Task", (), {"model": None}), data, lambda f: f)
