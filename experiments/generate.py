@@ -7,7 +7,6 @@ where the model starts the next one. A sample depends on `--seed`, its prompt's 
 number, and on nothing else that is drawn beside it.
 """
 
-import codecs
 import json
 import logging
 import pathlib
@@ -21,7 +20,6 @@ import tqdm
 from absl import flags
 
 from latentlab import app, sample
-from latentlab.data import Tokenizer
 from latentlab.train import loop
 
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; may be repeated.")
@@ -44,8 +42,6 @@ _OUTPUT = flags.DEFINE_string("output", None, "A .jsonl file for the samples.")
 _FLAGS = (_PROMPT, _PROMPT_FILE, _NUM_TOKENS, _NUM_SAMPLES, _TEMPERATURE, _TOP_K, _TOP_P, _MIN_P,
           _PENALTY, _GREEDY, _SEED, _STEP, _STREAM, _OUTPUT)
 
-_BLOCK_SIZE = 8  # Tokens between two writes.
-
 logger = logging.getLogger("latentlab.generate")
 
 
@@ -55,29 +51,18 @@ def main(config: ml_collections.ConfigDict | None, workdir: str) -> None:
   if _OUTPUT.value and not pathlib.Path(_OUTPUT.value).parent.is_dir():
     raise ValueError(f"--output={_OUTPUT.value!r} lies in no existing folder; make it first.")
   run = loop.load(workdir, config, step=_STEP.value)
-  tokenizer = run.data.tokenizer
-  # <bos> ends a row; no other special token is text, and training says little of their logits.
-  special = np.flatnonzero(tokenizer.byte_lengths == 0)
-  ban = sample.LogitBias.ban(special[special != tokenizer.bos_id], tokenizer.vocab_size)
-  encoded = [np.concatenate([[tokenizer.bos_id], tokenizer.encode(p)]) for p in prompts]
-  lengths = np.array([len(ids) for ids in encoded])
-  tokens = np.full((len(prompts), lengths.max()), tokenizer.pad_id)
-  for row, ids in zip(tokens, encoded, strict=True):
-    row[: len(ids)] = ids
   each = np.repeat(np.arange(len(prompts)), _NUM_SAMPLES.value)
   number = np.tile(np.arange(_NUM_SAMPLES.value), len(prompts))
   try:
-    blocks = sample.stream(
-        run.task.model, run.params, tokens[each], lengths[each],
-        sampler=sampler.replace(filters=(ban, *sampler.filters)),
-        key=sample.row_keys(_SEED.value, (each << 16) + number),
-        max_new_tokens=_NUM_TOKENS.value, block_size=min(_BLOCK_SIZE, _NUM_TOKENS.value),
-        stop_tokens=(tokenizer.bos_id,), pad_id=tokenizer.pad_id)
+    blocks = sample.stream_text(
+        run.task.model, run.params, run.tokenizer, [prompts[p] for p in each],
+        sampler=sampler, key=sample.row_keys(_SEED.value, (each << 16) + number),
+        max_new_tokens=_NUM_TOKENS.value)
   except ValueError as e:
     raise ValueError(f"--prompt or --num_tokens={_NUM_TOKENS.value} does not fit: {e}") from e
   logger.info("Sampling from step %d of %s.", run.step, workdir)
   titles = [f"prompt {p + 1}, sample {s + 1}" for p, s in zip(each, number, strict=True)]
-  drawn = _write(blocks, [prompts[p] for p in each], titles if len(titles) > 1 else [""], tokenizer)
+  drawn = _write(blocks, [prompts[p] for p in each], titles if len(titles) > 1 else [""])
   if _OUTPUT.value:
     with open(_OUTPUT.value, "w", encoding="utf-8") as f:
       for p, s, fields in zip(each.tolist(), number.tolist(), drawn, strict=True):
@@ -150,36 +135,27 @@ class _Printer:
 
 
 def _write(
-    blocks: Iterable[sample.Generated], prompts: list[str], titles: list[str], tokenizer: Tokenizer
+    blocks: Iterable[list[sample.Piece]], prompts: list[str], titles: list[str]
 ) -> list[dict]:
   """Writes the text of blocks to stdout as they come; returns what there is to say of each row."""
   printer = _Printer(titles, prompts)
-  # A character may be cut by a token or a block; its bytes wait in the decoder for the rest.
-  decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in prompts]
   rows = [{"text": "", "tokens": [], "log_prob": 0.0, "finished": False} for _ in prompts]
-  start, width = time.monotonic(), 0
+  start = time.monotonic()
   if _STREAM.value:
     printer.show()  # The first prompt, while the first block is compiled.
   # A bar and a text on one terminal would write over each other.
   with tqdm.tqdm(total=_NUM_TOKENS.value, unit="token", leave=False, file=sys.stderr,
                  disable=True if _STREAM.value else None) as bar:
-    for block in blocks:
-      tokens, log_probs = np.asarray(block.tokens), np.asarray(block.log_probs)
-      lengths, finished = np.asarray(block.lengths), np.asarray(block.finished)
-      width += tokens.shape[1]
-      last = width >= _NUM_TOKENS.value
-      for r, row in enumerate(rows):
-        ids = tokens[r, :lengths[r]]
-        done = bool(finished[r] or last)
-        text = decoders[r].decode(tokenizer.decode_bytes(ids), final=done)
-        row["text"] += text
-        row["tokens"] += ids.tolist()
-        row["log_prob"] += float(log_probs[r].sum())
-        row["finished"] = bool(finished[r])
-        printer.add(r, text, done)
+    for pieces in blocks:
+      for r, (row, piece) in enumerate(zip(rows, pieces, strict=True)):
+        row["text"] += piece.text
+        row["tokens"] += piece.tokens
+        row["log_prob"] += piece.log_prob
+        row["finished"] = piece.finished
+        printer.add(r, piece.text, piece.done)
       if _STREAM.value:
         printer.show()
-      bar.update(tokens.shape[1])
+      bar.update(max(len(piece.tokens) for piece in pieces))
   printer.show()
   seconds = time.monotonic() - start
   count = sum(len(row["tokens"]) for row in rows)

@@ -99,9 +99,11 @@ class Cell:
     return lines[-1]["step"] if lines else 0
 
   def values(self, names: Sequence[str]) -> dict[str, float] | None:
-    """The metrics after the last step, once they are there and finite."""
-    lines = self.lines()
-    last = lines[-1] if lines and lines[-1]["step"] == self.config.train_steps else {}
+    """The metrics after the last step, once the run is finished and they are finite."""
+    # The trainer draws its curves last, when the checkpoint of the last step is safe.
+    if not (self.workdir / "plots/loss.png").exists() or self.step() != self.config.train_steps:
+      return None
+    last = self.lines()[-1]
     found = {name: last.get(f"eval/{name}") for name in names}
     return None if None in found.values() else found
 

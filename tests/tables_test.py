@@ -34,7 +34,8 @@ def overrides(tmp_path_factory):
 
 def _finish(cell, *values):
   """Leaves behind what a finished run does."""
-  cell.workdir.mkdir(parents=True)
+  (cell.workdir / "plots").mkdir(parents=True)
+  (cell.workdir / "plots/loss.png").touch()
   (cell.workdir / "config.json").write_text(cell.config.to_json())
   steps = cell.config.train_steps
   speed = cell.config.batch_size * cell.config.data.seq_length * 10.0  # Ten steps a second.
@@ -63,8 +64,10 @@ def test_differences_are_paired_over_the_seeds_that_both_have():
   got = tables.compare(paper, ours, "base")
   assert [c.verdict for c in got.values()] == [
       "", "reproduces", "opposite", "undecided", "undecided", "", ""]
-  assert got["worse"].difference == tables.Estimate.of([1.0, 1.1, 0.9])
-  assert got["better"].ratio == tables.Estimate.of([0.9, 0.97])
+  assert got["worse"].difference.mean == pytest.approx(1.0)
+  assert got["worse"].difference.half_width == pytest.approx(4.302653 * 0.1 / math.sqrt(3))
+  assert got["better"].ratio.mean == pytest.approx((0.9 + 0.97) / 2)
+  assert got["better"].ratio.num_seeds == 2
   assert got["worse"].paper_ratio == pytest.approx(1.2)
   assert got["base"].paper_ratio is got["base"].ratio is got["never"].ours is None
   text = tables.verdicts(got)
@@ -102,8 +105,13 @@ def test_does_not_mix_configs(table, tmp_path):
   make(smoke=True)
   with pytest.raises(ValueError, match=r"another config \(.*train_steps: 8 there, 1200 asked for"):
     make()
+
+
+def test_needs_the_base_row(table, tmp_path):
+  cells = binary.make_cells(table, tmp_path, scale="small", seeds=["0"], smoke=True)
+  _finish(cells[1], 8.0, 9.0)
   with pytest.raises(ValueError, match="no seed of 'retnet'"):
-    binary.collect(table, make(smoke=True)[1:], scale="small", command="")
+    binary.collect(table, cells, scale="small", command="")
 
 
 @pytest.mark.parametrize("fields, message", [
@@ -135,7 +143,7 @@ def test_runs_what_is_missing_and_goes_on_after_a_failure(table, tmp_path, overr
   cells = make()
   _finish(cells[0], 8.0, 9.0)
   _finish(cells[2], 8.2, 9.3)
-  (cells[1].workdir / "checkpoints").parent.mkdir(parents=True)
+  cells[1].workdir.mkdir(parents=True)
   (cells[1].workdir / "checkpoints").write_text("in the way")
   command = [sys.executable, "-m", "experiments.tables", f"--config={CONFIG}", "--seeds=0,1",
              "--rows=no_gate", "--smoke", f"--workdir={tmp_path / 'runs'}",

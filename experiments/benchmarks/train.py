@@ -2,10 +2,10 @@
 
   python -m experiments.benchmarks.train --sizes=3m,10m --rounds=9
 
-Each case is a model of ours and a peer with the same weights, batches, loss, clipping and AdamW, all
-in float32. Before it is timed, its logits and its losses over the first steps must agree, or the run
-ends with an error. Each program has a process of its own, which is idle while the other is timed;
-the two take turns, round by round. Compile time is reported apart. README.md has the rest.
+Each case is a model of ours and a peer with the same weights, batches, loss, clipping and AdamW,
+all in float32. Before it is timed, its logits and its losses over the first steps must agree, or
+the run ends with an error. Each program has a process of its own, which is idle while the other is
+timed; the two take turns, round by round. Compile time is reported apart. README.md has the rest.
 """
 
 import abc
@@ -36,7 +36,7 @@ _CORES = flags.DEFINE_integer(
 _PEER_COMPILE = flags.DEFINE_bool(
   "peer_compile", False, "Run the peers through torch.compile, which needs a C++ compiler.")
 _OUTPUT = flags.DEFINE_string(
-  "output", "experiments/results/benchmarks/train_cpu.json", "Where the figures go; '' for nowhere.")
+  "output", "experiments/results/benchmarks/train_cpu.json", "Where figures go; '' for nowhere.")
 
 PEERS = {"transformer": "transformers Llama", "retnet": "torchscale RetNet"}
 CHUNK_SIZES = (32, 64, 128, 256)  # That torchscale is tried with, besides its parallel form.
@@ -62,8 +62,20 @@ class Program(abc.ABC):
     self._num_steps = 0
 
   @abc.abstractmethod
+  def reset(self) -> None:
+    """Goes back to the weights and the optimiser before the first step."""
+
+  @abc.abstractmethod
+  def num_params(self) -> int:
+    """Parameters of the model."""
+
   def prepare(self) -> dict[str, Any]:
-    """Compiles and picks the fastest mode; returns what is worth reporting of that."""
+    """Compiles, and picks the fastest mode if there is a choice; returns a report."""
+    start = time.perf_counter()
+    self.train(1)
+    seconds = round(time.perf_counter() - start, 2)
+    self.reset()
+    return dict(num_params=self.num_params(), first_step_seconds=seconds)
 
   @abc.abstractmethod
   def logits(self) -> np.ndarray:
@@ -102,8 +114,6 @@ class Ours(Program):
   """Our model under the trainer that `experiments.train` runs."""
 
   def __init__(self, model: str, size: specs.Size, weights_path: str):
-    import jax
-
     from experiments.benchmarks import peers
     from experiments.configs import common
     from latentlab.train import partition, task
@@ -114,22 +124,25 @@ class Ours(Program):
     config.optimizer.update(OPTIMIZER)
     self._task = task.build_task(config, size.vocab_size)
     self._trainer = partition.make_trainer(self._task, config)
-    self._state = self._trainer.init(jax.random.key(0))
+    self.reset()
     export = {"transformer": peers.llama_weights, "retnet": peers.torchscale_weights}[model]
     np.savez(weights_path, **export(self._state.params))
 
-  def prepare(self):
-    batch = self._place(*self.batches[0])
-    start = time.perf_counter()
-    self._trainer.lower(self._state, batch).compile()
-    num_params = sum(x.size for x in _leaves(self._state.params))
-    return dict(num_params=num_params, compile_seconds=round(time.perf_counter() - start, 2))
+  def reset(self):
+    import jax
+
+    self._state, self._num_steps = self._trainer.init(jax.random.key(0)), 0
+
+  def num_params(self):
+    import jax
+
+    return sum(x.size for x in jax.tree.leaves(self._state.params))
 
   def logits(self):
     import jax
 
-    apply = jax.jit(lambda params, tokens: self._task.model.apply({"params": params}, tokens).logits)
-    return np.asarray(apply(self._state.params, self.batches[0][0]))
+    apply = jax.jit(self._task.model.apply)
+    return np.asarray(apply({"params": self._state.params}, self.batches[0][0]).logits)
 
   def step(self, inputs, targets):
     self._state, metrics = self._trainer.step(self._state, self._place(inputs, targets))
@@ -161,45 +174,42 @@ class Peer(Program):
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     config = build_config(size.model(model), size.vocab_size)
     self._module = {"transformer": peers.llama, "retnet": peers.torchscale_retnet}[model](config)
-    self._chunk_sizes = (None, *(c for c in CHUNK_SIZES if c <= size.seq_length))
-    self._chunk_sizes = self._chunk_sizes if model == "retnet" else ()
-    self._compiled = compiled
+    self._forward = torch.compile(self._module) if compiled else self._module
+    self._chunk_sizes = ()
+    if model == "retnet":
+      self._chunk_sizes = (None, *(c for c in CHUNK_SIZES if c <= size.seq_length))
     self._weights_path = weights_path
-    self._reset()
+    self.reset()
 
-  def _reset(self):
-    """Weights and optimiser before the first step."""
+  def reset(self):
     import torch
 
     from experiments.benchmarks import peers
 
     with np.load(self._weights_path) as weights:
       peers.load(self._module, dict(weights))
-    o = OPTIMIZER
+    self._num_steps, o = 0, OPTIMIZER
     matrices, vectors = [], []
     for parameter in self._module.parameters():
       (matrices if parameter.ndim > 1 else vectors).append(parameter)
     self._optimizer = torch.optim.AdamW(
       [dict(params=matrices, weight_decay=o["weight_decay"]), dict(params=vectors, weight_decay=0)],
       lr=o["peak_lr"], betas=(o["b1"], o["b2"]), eps=o["eps"], fused=True)
-    self._forward = torch.compile(self._module) if self._compiled else self._module
-    self._num_steps = 0
+
+  def num_params(self):
+    return sum(p.numel() for p in self._module.parameters())
 
   def prepare(self):
-    start = time.perf_counter()
-    self.train(1)
-    report = dict(first_step_seconds=round(time.perf_counter() - start, 2))
-    if self._chunk_sizes:
-      seconds = {c: self._time_chunk_size(c) for c in self._chunk_sizes}
-      chunk_size = min(seconds, key=seconds.get)
-      self._set_chunk_size(chunk_size)
-      names = {c: "parallel" if c is None else f"chunkwise_{c}" for c in seconds}
-      report |= dict(mode=names[chunk_size],
-                     step_seconds={names[c]: round(s, 4) for c, s in seconds.items()})
-    else:
-      report |= dict(mode="sdpa")
-    self._reset()
-    return report | dict(num_params=sum(p.numel() for p in self._module.parameters()))
+    report = super().prepare()
+    if not self._chunk_sizes:
+      return report | dict(mode="sdpa")
+    seconds = {c: self._time_chunk_size(c) for c in self._chunk_sizes}
+    best = min(seconds, key=seconds.get)
+    self._set_chunk_size(best)
+    self.reset()
+    names = {c: "parallel" if c is None else f"chunkwise_{c}" for c in seconds}
+    return report | dict(
+      mode=names[best], step_seconds={names[c]: round(s, 4) for c, s in seconds.items()})
 
   def _time_chunk_size(self, chunk_size):
     self._set_chunk_size(chunk_size)
@@ -363,12 +373,6 @@ def _git(*args: str) -> str | None:
   return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _leaves(tree):
-  import jax
-
-  return jax.tree.leaves(tree)
-
-
 def _rounded(values):
   return [round(x) for x in values]
 
@@ -397,9 +401,9 @@ def main(argv: Sequence[str]) -> None:
         batch_size=size.batch_size, seq_length=size.seq_length, model=size.model(model),
         vocab_size=size.vocab_size) | case
       ours, peer = (case[who]["tokens_per_second"] for who in ("ours", "peer"))
-      print(f"{model} {name} ({case['ours']['num_params']:,} parameters): {ours['best']:,} tokens/s, "
-            f"{case['peer_name']} ({case['peer']['mode']}) {peer['best']:,}; ratio of the best "
-            f"{case['ratio']['tokens_per_second_best']:.2f}, of the medians "
+      print(f"{model} {name} ({case['ours']['num_params']:,} parameters): {ours['best']:,} "
+            f"tokens/s, {case['peer_name']} ({case['peer']['mode']}) {peer['best']:,}; ratio of the "
+            f"best {case['ratio']['tokens_per_second_best']:.2f}, of the medians "
             f"{case['ratio']['tokens_per_second_median']:.2f}", flush=True)
       if _OUTPUT.value:  # After each case, so that an interrupted run has left something.
         output = pathlib.Path(_OUTPUT.value)

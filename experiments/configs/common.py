@@ -95,6 +95,8 @@ def language_model(*, seed: int = 0) -> ml_collections.ConfigDict:
       validation=dict(type="perplexity", split="validation", every_steps=200, max_batches=16))
   c.max_skipped_steps = 10
   c.logging = dict(tensorboard=False)
+  # What the end of training draws for the eye; 0 tokens for none.
+  c.sample = dict(prompt="", num_tokens=0, temperature=0.8, top_p=0.95)
   c.expected = ml_collections.ConfigDict()
   c.lock()
   for section in (c.task, c.model, c.evals, c.expected):
@@ -111,4 +113,5 @@ def smoke(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   c.train_steps, c.log_steps, c.checkpoint_steps = 8, 2, 4
   for evaluation in c.evals.values():
     evaluation.update(every_steps=4, max_batches=2)
+  c.sample.num_tokens = min(c.sample.num_tokens, 16)
   return c

@@ -23,5 +23,9 @@ def get_config(arg=None):
                      warmup_steps=30, end_lr_ratio=0.02)
   c.train_steps, c.log_steps, c.checkpoint_steps = 650, 10, 100
   c.evals.validation.update(every_steps=100, max_batches=24)
-  c.expected = {}
-  return common.smoke(c) if arg.smoke else c
+  c.sample.update(prompt="def read_", num_tokens=160)
+  c = common.smoke(c) if arg.smoke else c
+  # Counted on exactly the bytes that the model has seen, and scored on the same validation bytes.
+  c.evals.ngram = dict(type="ngram", every_steps=c.train_steps, num_batches=c.train_steps,
+                       seed=c.seed, max_batches=c.evals.validation.max_batches)
+  return c

@@ -23,6 +23,7 @@ from latentlab.sample.loop import (
   stream,
 )
 from latentlab.sample.protocol import Draw, Sampler, Stepper
+from latentlab.sample.text import Piece, stream_text
 
 __all__ = [
   "Carry",
@@ -31,6 +32,7 @@ __all__ = [
   "Generated",
   "LogitBias",
   "MinP",
+  "Piece",
   "RepetitionPenalty",
   "Sampler",
   "Stepper",
@@ -45,5 +47,6 @@ __all__ = [
   "generate",
   "row_keys",
   "stream",
+  "stream_text",
   "token_sampler",
 ]

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import pathlib
@@ -21,6 +22,7 @@ from jax.experimental import multihost_utils
 
 from latentlab import data as data_lib
 from latentlab import eval as eval_lib
+from latentlab import sample
 from latentlab.models import flops_per_token
 from latentlab.train import checkpoint, metrics, partition, plots
 from latentlab.train.state import TrainState
@@ -28,6 +30,8 @@ from latentlab.train.task import Task, build_task
 from latentlab.typing import Params
 
 logger = logging.getLogger(__name__)
+
+_TOKENIZER = "tokenizer.json"
 
 PREEMPTED_EXIT_CODE = 75
 """Exit status after SIGTERM: the state is saved, and the same command goes on (EX_TEMPFAIL)."""
@@ -66,8 +70,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dic
   """
   _check(config)
   workdir = pathlib.Path(workdir).absolute()
-  data = data_lib.build(
-      config.data.to_dict(), config.batch_size, jax.process_index(), jax.process_count())
+  data = _build_data(config)
   task = build_task(config, data.tokenizer.vocab_size)
   trainer = partition.make_trainer(task, config)
   evaluations = eval_lib.build(config.evals.to_dict(), task, data, trainer.compile)
@@ -79,14 +82,18 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dic
     if iterator_state is not None:
       iterator.set_state(iterator_state)
     _write_config(config, workdir)
+    if jax.process_index() == 0:
+      data.tokenizer.save(workdir / _TOKENIZER)
     writer = stack.enter_context(contextlib.closing(metrics.MetricsWriter(
         workdir, start_step=step, tensorboard=config.logging.tensorboard)))
     run = _Run(config, task, trainer, evaluations, checkpointer, preemption, writer)
     run.latest = _last_values(workdir)
-    run.loop(step, state, iterator)
+    state = run.loop(step, state, iterator)
   if jax.process_index() == 0:
     pictures = plots.write_plots(workdir)
     _print_summary(run.latest, config, workdir, pictures)
+  if config.sample.num_tokens:
+    _print_sample(config, task, state, data.tokenizer)
   return run.latest
 
 
@@ -96,7 +103,7 @@ class Trained:
 
   Attributes:
     config: Of its run.
-    data: Its data; holds the tokenizer.
+    tokenizer: Of its run.
     task: Its task; holds the model.
     trainer: Its layout.
     params: Its parameters, or their average where the run kept one.
@@ -104,11 +111,21 @@ class Trained:
   """
 
   config: ml_collections.ConfigDict
-  data: data_lib.Data
+  tokenizer: data_lib.Tokenizer
   task: Task
   trainer: partition.Trainer
   params: Params
   step: int
+
+  @functools.cached_property
+  def data(self) -> data_lib.Data:
+    """Its data, made or found anew: a sample needs none, an evaluation does."""
+    data = _build_data(self.config)
+    if data.tokenizer.digest != self.tokenizer.digest:
+      raise ValueError(
+          "The corpus at hand has another tokenizer than the run had: config.data or the corpus "
+          f"changed since ({data.tokenizer.digest=}, {self.tokenizer.digest=}).")
+    return data
 
 
 def load(
@@ -128,9 +145,11 @@ def load(
     ValueError: there is no such checkpoint, or it is of another model.
   """
   config = read_config(workdir) if config is None else config
-  data = data_lib.build(
-      config.data.to_dict(), config.batch_size, jax.process_index(), jax.process_count())
-  task = build_task(config, data.tokenizer.vocab_size)
+  path = pathlib.Path(workdir) / _TOKENIZER
+  if not path.exists():
+    raise ValueError(f"{str(workdir)!r} holds no {_TOKENIZER}: train there first.")
+  tokenizer = data_lib.load_tokenizer(path)
+  task = build_task(config, tokenizer.vocab_size)
   trainer = partition.make_trainer(task, config)
   part = "params" if trainer.abstract_state.ema is None else "ema"
   with checkpoint.Checkpointer(workdir, **config.checkpoint, read_only=True) as checkpointer:
@@ -142,7 +161,7 @@ def load(
     step, state, _ = checkpointer.restore(
         {part: getattr(trainer.abstract_state, part)},
         None if step == "latest" else int(step), partial=True)
-  return Trained(config, data, task, trainer, state[part], step)
+  return Trained(config, tokenizer, task, trainer, state[part], step)
 
 
 def read_config(workdir: str | pathlib.Path) -> ml_collections.ConfigDict:
@@ -174,7 +193,7 @@ class _Run:
         devices=list(trainer.mesh.devices.flat))
     self.latest: dict[str, float] = {}
 
-  def loop(self, start: int, state: TrainState, iterator: Any) -> None:
+  def loop(self, start: int, state: TrainState, iterator: Any) -> TrainState:
     """Steps from `start` to `config.train_steps`."""
     c = self._config
     first, last = start + 1, c.train_steps
@@ -217,6 +236,7 @@ class _Run:
           logger.warning("Told to stop: leaving after step %d with exit code %d; the same command "
                          "goes on from the newest checkpoint.", step, PREEMPTED_EXIT_CODE)
           raise Preempted(step)
+    return state
 
   def _train_metrics(self, state: TrainState, step_metrics: Mapping[str, Any]) -> dict[str, float]:
     """Waits for the step."""
@@ -377,10 +397,38 @@ def _print_summary(
     pictures: list[pathlib.Path],
 ) -> None:
   print(f"\nTrained {config.train_steps} steps in {workdir}")
+  compared = {k: v for k, v in latest.items() if k.endswith("/bits_per_byte") and v is not None}
   for name, value in latest.items():
-    if value is not None and "/position_" not in name:
-      print(f"  {name:<36} {value:.6g}")
+    if value is not None and "/position_" not in name and name not in compared:
+      print(f"  {name:<44} {value:.6g}")
   for name, value in config.expected.items():
-    print(f"  {'expected ' + name:<36} {value}")
-  print("  plots: " + " ".join(str(p.relative_to(workdir)) for p in pictures))
+    print(f"  {'expected ' + name:<44} {value}")
+  if compared:
+    print("\nBits per raw byte, the fewest first:")
+    longest = max(compared.values())
+    for name, value in sorted(compared.items(), key=lambda item: item[1]):
+      label = name.removeprefix("eval/").removesuffix("/bits_per_byte")
+      print(f"  {label:<32} {value:6.3f}  {'#' * round(30 * value / longest)}")
+  print("\nPlots: " + " ".join(str(p.relative_to(workdir)) for p in pictures))
   sys.stdout.flush()
+
+
+def _print_sample(
+    config: ml_collections.ConfigDict, task: Task, state: TrainState, tokenizer: data_lib.Tokenizer
+) -> None:
+  if jax.process_count() > 1:
+    logger.info("No sample here, where a run has several hosts: use experiments.generate.")
+    return
+  c = config.sample
+  print(f"\nA sample (temperature {c.temperature}, top-p {c.top_p}):\n\n{c.prompt}", end="")
+  for (piece,) in sample.stream_text(
+      task.model, state.params if state.ema is None else state.ema, tokenizer, [c.prompt],
+      sampler=sample.token_sampler(temperature=c.temperature, top_p=c.top_p),
+      key=sample.row_keys(config.seed, jnp.arange(1)), max_new_tokens=c.num_tokens):
+    print(piece.text, end="", flush=True)
+  print()
+
+
+def _build_data(config: ml_collections.ConfigDict) -> data_lib.Data:
+  return data_lib.build(
+      config.data.to_dict(), config.batch_size, jax.process_index(), jax.process_count())

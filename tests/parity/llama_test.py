@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from experiments.benchmarks import peers, specs
 from flax import linen as nn
 
+from experiments.benchmarks import peers, specs
 from latentlab.models import LanguageModel, build_config, num_params
 
 torch = pytest.importorskip("torch", reason="parity with Llama needs torch and transformers")

@@ -7,9 +7,9 @@ detached, and cancel behind a head norm with an epsilon of zero; so equality is 
 import jax
 import numpy as np
 import pytest
-from experiments.benchmarks import peers, specs
 from flax import linen as nn
 
+from experiments.benchmarks import peers, specs
 from latentlab.models import LanguageModel, build_config, num_params
 
 torch = pytest.importorskip("torch", reason="parity with torchscale needs torch")
