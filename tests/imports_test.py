@@ -19,6 +19,7 @@ _ALLOWED |= {
   "pallas_kernels": set(),
   "data": {"typing"},
   "eval": _ALLOWED["sample"] | {"data", "sample"},
+  "sample": _ALLOWED["sample"] | {"data"},  # Text is drawn by way of a tokenizer.
   "horae": {"typing"},
   "interop": _ALLOWED["sample"],
 }

@@ -135,6 +135,7 @@ def test_no_table():
     binary.load(f"{CONFIG}:row=retnet")
 
 
+@pytest.mark.slow
 def test_runs_what_is_missing_and_goes_on_after_a_failure(table, tmp_path, overrides):
   """Four cells, two at a time: two are finished, one trains, one fails."""
   make = lambda: binary.make_cells(

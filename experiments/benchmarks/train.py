@@ -360,6 +360,15 @@ def environment(cores: Sequence[int]) -> dict[str, Any]:
   )
 
 
+def _summary(name: str, case: dict[str, Any]) -> str:
+  ours, peer = (case[who]["tokens_per_second"]["best"] for who in ("ours", "peer"))
+  ratio = case["ratio"]
+  return (f"{name} ({case['ours']['num_params']:,} parameters): {ours:,} tokens/s; "
+          f"{case['peer_name']}, {case['peer']['mode']}: {peer:,}; ratio of the best "
+          f"{ratio['tokens_per_second_best']:.2f}, of the medians "
+          f"{ratio['tokens_per_second_median']:.2f}")
+
+
 def _cpu_name() -> str:
   info = pathlib.Path("/proc/cpuinfo")
   lines = info.read_text().splitlines() if info.exists() else []
@@ -400,11 +409,7 @@ def main(argv: Sequence[str]) -> None:
       result["cases"][f"{model}_{name}"] = dict(
         batch_size=size.batch_size, seq_length=size.seq_length, model=size.model(model),
         vocab_size=size.vocab_size) | case
-      ours, peer = (case[who]["tokens_per_second"] for who in ("ours", "peer"))
-      print(f"{model} {name} ({case['ours']['num_params']:,} parameters): {ours['best']:,} "
-            f"tokens/s, {case['peer_name']} ({case['peer']['mode']}) {peer['best']:,}; ratio of the "
-            f"best {case['ratio']['tokens_per_second_best']:.2f}, of the medians "
-            f"{case['ratio']['tokens_per_second_median']:.2f}", flush=True)
+      print(_summary(f"{model} {name}", case), flush=True)
       if _OUTPUT.value:  # After each case, so that an interrupted run has left something.
         output = pathlib.Path(_OUTPUT.value)
         output.parent.mkdir(parents=True, exist_ok=True)

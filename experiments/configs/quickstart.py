@@ -27,5 +27,6 @@ def get_config(arg=None):
   c = common.smoke(c) if arg.smoke else c
   # Counted on exactly the bytes that the model has seen, and scored on the same validation bytes.
   c.evals.ngram = dict(type="ngram", every_steps=c.train_steps, num_batches=c.train_steps,
-                       seed=c.seed, max_batches=c.evals.validation.max_batches)
+                       seed=c.seed, max_batches=c.evals.validation.max_batches,
+                       whole_corpus=not arg.smoke)
   return c

@@ -84,6 +84,7 @@ class Evaluator:
     split: str = "validation",
     max_batches: int | None = None,
     orders: Sequence[int] = (1, 3, 5),
+    whole_corpus: bool = True,
   ):
     """Checks the fields.
 
@@ -96,12 +97,14 @@ class Evaluator:
       split: What is predicted.
       max_batches: How many of its batches, as in the perplexity evaluation; all if `None` or 0.
       orders: Orders of the n-grams.
+      whole_corpus: Whether to count the highest order on the whole training split too.
     """
     del task, compile
     if not orders or not all(1 <= n <= _LONGEST for n in orders):
       raise ValueError(f"{orders=} of an ngram evaluation must lie in [1, {_LONGEST}].")
     self._data, self._num_batches, self._seed = data, num_batches, seed
     self._split, self._max_batches, self._orders = split, max_batches or None, tuple(orders)
+    self._whole_corpus = whole_corpus
 
   def run(self, params: Params) -> Iterator[tuple[str, float]]:
     """Yields the bytes seen, and bits per byte by baseline."""
@@ -110,10 +113,11 @@ class Evaluator:
     seen = self._data.seen_bytes(self._num_batches, self._seed)
     yield "seen_bytes", float(len(seen))
     for order in self._orders:
-      yield f"order_{order}/bits_per_byte", bits_per_byte(seen, text, order)
-    yield "zlib/bits_per_byte", zlib_bits_per_byte(text)
-    whole, order = self._data.raw_bytes("train"), max(self._orders)
-    yield f"whole_corpus_order_{order}/bits_per_byte", bits_per_byte(whole, text, order)
+      yield f"bits_per_byte_order_{order}", bits_per_byte(seen, text, order)
+    yield "bits_per_byte_zlib", zlib_bits_per_byte(text)
+    if self._whole_corpus:
+      whole, order = self._data.raw_bytes("train"), max(self._orders)
+      yield f"bits_per_byte_whole_corpus_order_{order}", bits_per_byte(whole, text, order)
 
 
 def _grams(text: np.ndarray, n: int) -> np.ndarray:

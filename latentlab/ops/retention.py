@@ -1,9 +1,9 @@
-"""Retention under a mesh, and its decay rates (RetNet, https://arxiv.org/abs/2307.08621, section 2).
+"""Retention under a mesh, and its decay rates (RetNet, https://arxiv.org/abs/2307.08621).
 
 Batch and heads are sharded as they are. A sharded sequence is a prefix over devices of the pairs
 `(a, S)`, decay and end state of each device's tokens, which combine by
-`(a2, S2) o (a1, S1) = (a1 a2, a2 S1 + S2)`: one cheap pass over keys and values makes the pairs, and
-the operation then runs with the state that enters each device as its initial one.
+`(a2, S2) o (a1, S1) = (a1 a2, a2 S1 + S2)`: one cheap pass over keys and values makes the pairs,
+and the operation then runs with the state that enters each device as its initial one.
 """
 
 import math
@@ -67,8 +67,8 @@ def retention(
                             ("N", q.shape[2], head_axes), ("K", k.shape[2], head_axes)):
     devices = _axes_size(names)
     if size % devices:
-      raise ValueError(f"{name}={size} does not divide over mesh axes {names} of {devices} devices; "
-                       "change the size, the mesh, or the spec.")
+      raise ValueError(f"{name}={size} does not divide over the {devices} devices of mesh axes "
+                       f"{names}; change the size, the mesh, or the spec.")
 
   b, t, n = (names or None for names in axes)
   tokens = PartitionSpec(b, t, n, None)
@@ -97,7 +97,7 @@ def retention(
 def _axes_to_map(spec: PartitionSpec | None) -> tuple[tuple[str, ...], ...]:
   """The mesh axes over which batch, length and heads are to be mapped."""
   mesh = jax.sharding.get_abstract_mesh()
-  if spec is None or mesh.empty:
+  if spec is None or set(mesh.axis_names) == set(mesh.manual_axes):  # No mesh, or all within.
     return (), (), ()
   entries = [() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in spec]
   entries += [()] * (4 - len(entries))

@@ -397,7 +397,7 @@ def _print_summary(
     pictures: list[pathlib.Path],
 ) -> None:
   print(f"\nTrained {config.train_steps} steps in {workdir}")
-  compared = {k: v for k, v in latest.items() if k.endswith("/bits_per_byte") and v is not None}
+  compared = {k: v for k, v in latest.items() if "/bits_per_byte" in k and v is not None}
   for name, value in latest.items():
     if value is not None and "/position_" not in name and name not in compared:
       print(f"  {name:<44} {value:.6g}")
@@ -407,7 +407,7 @@ def _print_summary(
     print("\nBits per raw byte, the fewest first:")
     longest = max(compared.values())
     for name, value in sorted(compared.items(), key=lambda item: item[1]):
-      label = name.removeprefix("eval/").removesuffix("/bits_per_byte")
+      label = name.removeprefix("eval/").replace("bits_per_byte", "").strip("/_").replace("/_", " ")
       print(f"  {label:<32} {value:6.3f}  {'#' * round(30 * value / longest)}")
   print("\nPlots: " + " ".join(str(p.relative_to(workdir)) for p in pictures))
   sys.stdout.flush()

@@ -34,7 +34,9 @@ def retention(
     chunk_size: int | None = None,
     implementation: Implementation | Sequence[Implementation] | None = None,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B N H V"]]:
-  """Retention over `T` tokens with a float32 state: `S_t = exp(g_t) S_{t-1} + k_t^T v_t`, `o_t = q_t S_t`.
+  """Retention over `T` tokens: `S_t = exp(g_t) S_{t-1} + k_t^T v_t`, `o_t = q_t S_t`.
+
+  The state is float32 whatever the inputs are.
 
   Args:
     q: Queries, rotated. Nothing is scaled in here.

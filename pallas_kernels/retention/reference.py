@@ -1,8 +1,8 @@
 """The three forms of retention in jax.numpy (RetNet, https://arxiv.org/abs/2307.08621, section 2).
 
 `chunkwise` (eq. 7) is the product path of every platform that has no kernel; `parallel` (eq. 5) is
-its single-chunk case; `recurrent` (eq. 6) shares no code with the two, and is what they are held to.
-All take the arguments of `api.retention`, which checks them.
+its single-chunk case; `recurrent` (eq. 6) is on its own, and what the two are held to. All take
+the arguments of `api.retention`, which checks them.
 """
 
 import jax

@@ -42,23 +42,24 @@ def _check(args, visible, bias=0.0, **options):
   assert lse.dtype == jnp.float32
 
 
-I, J = np.arange(7)[:, None], np.arange(7)
+QUERY, KEY = np.arange(7)[:, None], np.arange(7)
 
 
 @pytest.mark.parametrize("mask,visible", [
-    (Mask("full"), I == I + 0 * J), (Mask("causal"), J <= I),
-    (Mask("sliding_window", 3), (J <= I) & (I - J < 3)),
-    (Mask("blockwise_causal", 2), (J <= I) & (I // 2 - J // 2 <= 1))], ids=lambda m: str(m)[:40])
+    (Mask("full"), QUERY == QUERY + 0 * KEY), (Mask("causal"), KEY <= QUERY),
+    (Mask("sliding_window", 3), (KEY <= QUERY) & (QUERY - KEY < 3)),
+    (Mask("blockwise_causal", 2), (KEY <= QUERY) & (QUERY // 2 - KEY // 2 <= 1)),
+], ids=["full", "causal", "sliding_window", "blockwise_causal"])
 def test_masks(mask, visible):
   _check(_inputs(), visible, mask=mask)
 
 
 def test_positions_segments_and_cache_slots():
   args = _inputs(length=3, kv_length=9)
-  positions, kv_positions = np.array([[4, 5, 6], [7, 8, 9]]), np.random.default_rng(0).permutation(
+  positions, kv_positions = np.array([[4, 5, 6], [0, 8, 9]]), np.random.default_rng(0).permutation(
       np.arange(18)).reshape(2, 9)
   ids, kv_ids = np.array([[1, 1, 2], [0, 0, 0]]), np.array([[1] * 5 + [2] * 4, [0] * 6 + [3] * 3])
-  valid = np.arange(9) < np.array([[8], [5]])
+  valid = np.arange(9) < np.array([[8], [4]])
   visible = ((kv_positions[:, None] <= positions[..., None]) & valid[:, None]
              & (kv_ids[:, None] == ids[..., None]))
   assert visible.any() and not visible.any(-1).all()
@@ -70,11 +71,11 @@ def test_positions_segments_and_cache_slots():
 def test_biases_and_slopes():
   args, slopes = _inputs(), np.asarray(ops.alibi_slopes(4), np.float64)
   key_bias = np.random.default_rng(1).normal(size=(2, 7))
-  bias = key_bias[:, None, None] - slopes[:, None, None] * (I - J)
-  _check(args, J <= I, bias, key_bias=jnp.asarray(key_bias, jnp.float32),
+  bias = key_bias[:, None, None] - slopes[:, None, None] * (QUERY - KEY)
+  _check(args, KEY <= QUERY, bias, key_bias=jnp.asarray(key_bias, jnp.float32),
          slopes=ops.alibi_slopes(4))
   hidden = np.where(np.arange(7) == 2, -np.inf, key_bias)
-  _check(args, (J <= I) & (J != 2), key_bias[:, None, None],
+  _check(args, (KEY <= QUERY) & (KEY != 2), key_bias[:, None, None],
          key_bias=jnp.asarray(hidden, jnp.float32))
 
 
@@ -106,9 +107,9 @@ def test_gradients_match_float64_autodiff_and_survive_blind_rows():
 
   def naive(q, k, v, key_bias, slopes):
     scores = jnp.einsum("BTNH,BSNH->BNTS", q, jnp.repeat(k, 2, 2)) + key_bias[:, None, None]
-    scores -= slopes[:, None, None] * (I - J)
-    probs = jax.nn.softmax(jnp.where(visible | (I == 3), scores, -jnp.inf), -1) * (I != 3)
-    lse = jax.nn.logsumexp(jnp.where(visible | (I == 3), scores, -jnp.inf), -1).swapaxes(1, 2)
+    scores -= slopes[:, None, None] * (QUERY - KEY)
+    probs = jax.nn.softmax(jnp.where(visible | (QUERY == 3), scores, -jnp.inf), -1) * (QUERY != 3)
+    lse = jax.nn.logsumexp(jnp.where(visible | (QUERY == 3), scores, -jnp.inf), -1).swapaxes(1, 2)
     out = jnp.einsum("BNTS,BSNV->BTNV", probs, jnp.repeat(v, 2, 2))
     return jnp.sum(out * weights) + jnp.sum(jnp.delete(lse, 3, 1))
 
