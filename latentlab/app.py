@@ -49,7 +49,7 @@ def run(main: Main, *, config_required: bool = True, flag_names: Sequence[str] =
     flag_names: The binary's own flags, for the message about an unknown one.
   """
   names = (*_OURS, *flag_names)
-  app.run(lambda _: _run(main), flags_parser=lambda argv: _parse(argv, names, config_required))
+  app.run(lambda _: _run(main, config_required), flags_parser=lambda argv: _parse(argv, names, config_required))
 
 
 def _parse(argv: Sequence[str], names: Sequence[str], config_required: bool) -> list[str]:
@@ -79,7 +79,7 @@ def _parse(argv: Sequence[str], names: Sequence[str], config_required: bool) -> 
   return rest
 
 
-def _run(main: Main) -> None:
+def _run(main: Main, makes_workdir: bool) -> None:
   _set_up_logging()
   try:
     if _COORDINATOR.value == "auto":
@@ -95,7 +95,10 @@ def _run(main: Main) -> None:
     logging.getLogger("latentlab").info(
         "Process %d of %d: %d devices (%s).", jax.process_index(), jax.process_count(),
         len(devices), devices[0].device_kind)
-    pathlib.Path(_WORKDIR.value).mkdir(parents=True, exist_ok=True)
+    if makes_workdir:
+      pathlib.Path(_WORKDIR.value).mkdir(parents=True, exist_ok=True)
+    elif not pathlib.Path(_WORKDIR.value).is_dir():
+      raise ValueError(f"--workdir={_WORKDIR.value!r} is no folder; give that of a run.")
     main(_CONFIG.value, os.path.abspath(_WORKDIR.value))
   except (ValueError, OSError) as e:
     if _DEBUG.value:

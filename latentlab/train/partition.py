@@ -176,9 +176,7 @@ class Trainer(abc.ABC):
     """Returns how often the step was traced to be compiled."""
     return self._num_traces
 
-  def compile(
-      self, fn: Callable[..., Any]
-  ) -> Callable[..., Any]:
+  def compile(self, fn: Callable[..., Any]) -> Callable[..., Any]:
     """Compiles an evaluation for this layout.
 
     Args:
@@ -219,9 +217,7 @@ class Trainer(abc.ABC):
 
     return counted
 
-  def _place_rows(
-      self, batch: Mapping[str, np.ndarray], accumulate_steps: int = 1
-  ) -> Batch:
+  def _place_rows(self, batch: Mapping[str, np.ndarray], accumulate_steps: int = 1) -> Batch:
     """Lays `[b T ...]` out over the axes of `act_batch` and `act_length`."""
     row_axes, length_axes = (dict(self.rules)[name] for name in ("act_batch", "act_length"))
     num_row_shards, num_length_shards = (_size(self.mesh, a) for a in (row_axes, length_axes))
@@ -344,7 +340,7 @@ def _shard_state(
   Optimisers and averages keep trees like the parameters': a leaf whose path ends in a parameter's
   path and which has its shape is laid out like it, and any other is on every device.
   """
-  shapes = {_path(path): x.shape for path, x in _leaves(state.params)}
+  shapes = {_path(path): x.shape for path, x in jax.tree.leaves_with_path(state.params)}
   specs = {path: _spec(path, shapes[path], names, mesh, rules) for path, names in axes.items()}
 
   def shard(path, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -354,10 +350,6 @@ def _shard_state(
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
   return jax.tree.map_with_path(shard, state)
-
-
-def _leaves(tree: Any) -> list[tuple[Any, Any]]:
-  return jax.tree.leaves_with_path(tree)
 
 
 def _path(path: Any) -> str:

@@ -119,6 +119,12 @@ class LanguageModelTask:
 
 def _language_model(config: ml_collections.ConfigDict, vocab_size: int) -> LanguageModelTask:
   model_config = registry.build_config(config.model.to_dict(), vocab_size=vocab_size)
+  limit, length = model_config.context_limit, config.get("data", {}).get("seq_length", 0)
+  if limit is not None and length > limit:
+    raise ValueError(
+        f"config.data.seq_length={length} is longer than config.model.max_length={limit}, up to "
+        "which learned positions have vectors; raise max_length or shorten seq_length."
+    )
   return LanguageModelTask(LanguageModel(model_config), config)
 
 

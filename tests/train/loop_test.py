@@ -171,6 +171,7 @@ def test_sigterm_saves_and_leaves(config, tmp_path, monkeypatch, finished):
   (dict(evals=dict(validation=dict(splt="x"))), "unknown fields.*splt.*max_batches"),
   (dict(evals=dict(validation=dict(split="test"))), "split='test'.*choose from"),
   (dict(parallelism="vmap"), "choose from"),
+  (dict(model=dict(positions="learned", max_length=8)), "max_length=8"),
   (dict(resume="/nowhere"), "train there first"),
   (dict(logging=dict(tensorboard=True)), "tensorboardX"),
 ], ids=str)

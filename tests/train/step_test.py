@@ -203,7 +203,7 @@ def test_keys_follow_the_step_so_a_copy_resumes_bit_for_bit(accumulate_steps):
   assert float(metrics["loss"]) == losses[-1]
 
   # With the parameters put back, only the key differs from step to step.
-  first, _ = init_state(task, jax.random.key(0)), None
+  first = init_state(task, jax.random.key(0))
   at = lambda n: float(step(first.replace(step=jnp.int32(n)), _batch(0))[1]["loss"])
   assert at(0) == at(0) != at(1)
 
