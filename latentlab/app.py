@@ -49,7 +49,9 @@ def run(main: Main, *, config_required: bool = True, flag_names: Sequence[str] =
     flag_names: The binary's own flags, for the message about an unknown one.
   """
   names = (*_OURS, *flag_names)
-  app.run(lambda _: _run(main, config_required), flags_parser=lambda argv: _parse(argv, names, config_required))
+  app.run(
+      lambda _: _run(main, config_required),
+      flags_parser=lambda argv: _parse(argv, names, config_required))
 
 
 def _parse(argv: Sequence[str], names: Sequence[str], config_required: bool) -> list[str]:

@@ -86,7 +86,8 @@ class Attention(nn.Module):
     q, k = c.positions.rotate(q, k * c.head_dim**-0.5, context.positions)
     q = nn.with_logical_constraint(q, ("act_batch", "act_length", "act_heads", None))
     # With the length sharded, queries stay where they are and every device gathers the keys.
-    k, v = (nn.with_logical_constraint(z, ("act_batch", None, "act_kv_heads", None)) for z in (k, v))
+    whole = ("act_batch", None, "act_kv_heads", None)
+    k, v = nn.with_logical_constraint(k, whole), nn.with_logical_constraint(v, whole)
 
     if cache is None:
       keys = dict(kv_positions=context.positions, kv_segment_ids=context.segment_ids)

@@ -42,8 +42,8 @@ class Context:
     positions: Position of each token, for rotations and causal masks.
     segment_ids: Packed documents; `None` for one document a row.
     lengths: Valid tokens per row (right padding); `None` if all are.
-    allowed: Which keys a query may see at all (a tree, say): those of this pass, or the slots of the
-      cache where there is one.
+    allowed: Which keys a query may see at all (a tree, say): those of this pass, or the slots of
+      the cache where there is one.
     key_bias: Added to the scores of each key, of this pass or of the cache alike.
     layer: Index of the layer, for what depends on depth.
   """
@@ -92,7 +92,14 @@ class Projection(nn.Module):
       return self.initializer(key, matrix, dtype).reshape(shape)
 
     kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape)
-    return jnp.tensordot(x.astype(self.dtype), kernel.astype(self.dtype), self.num_contracted)
+    x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+    if mesh_spec("act_length") not in (None, PartitionSpec(None), PartitionSpec()):
+      # Rows and positions that lie on different mesh axes do not flatten without a gather.
+      return jnp.tensordot(x, kernel, self.num_contracted)
+    # One flat product: of a batched one, XLA's CPU backend copies the transposed activations.
+    lead = x.shape[: x.ndim - self.num_contracted]
+    matrix = kernel.reshape(-1, math.prod(self.features))
+    return (x.reshape(-1, matrix.shape[0]) @ matrix).reshape(*lead, *self.features)
 
 
 def heads_projection(

@@ -2,13 +2,13 @@
 
 `(embeddings, positions, segment_ids, cache) -> (hidden, cache)`; embedding and heads are outside.
 A model is a configuration of this module: what mixes tokens, how positions enter, which norm and
-which feed-forward are choices of each block. Parameters of a stage are stacked over its repeats and
-scanned, so that a deep model compiles as fast as a shallow one; on a CPU the scan is unrolled, which
-changes no parameter and hence no checkpoint.
+which feed-forward are choices of each block. Parameters of a stage are stacked over its repeats
+and scanned, so that a deep model compiles as fast as a shallow one; on a CPU the scan is unrolled,
+which changes no parameter and hence no checkpoint.
 """
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,7 @@ REMAT_POLICIES = {
 }
 
 
+@runtime_checkable
 class MixerConfig(Protocol):
   """What the decoder asks of a token mixer: any frozen dataclass with these will do."""
 
@@ -110,8 +111,8 @@ class DecoderConfig:
     norm_eps: Epsilon of the norms on the residual stream.
     dropout_rate: Dropout of each branch.
     remat: What the backward pass keeps, a name of `REMAT_POLICIES`.
-    unroll: Repeats of a stage unrolled in one step of its scan; `None` unrolls all of them on a CPU,
-      where XLA spreads a loop poorly over cores, and none elsewhere.
+    unroll: Repeats of a stage unrolled in one step of its scan; `None` unrolls all of them on a
+      CPU, where XLA spreads a loop poorly over cores, and none elsewhere.
   """
 
   embed_dim: int

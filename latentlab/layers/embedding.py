@@ -44,7 +44,9 @@ class Embedder(nn.Module):
   def __call__(
     self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]
   ) -> Float[Array, "B T D"]:
-    x = jnp.take(self.embedding, tokens, axis=0)
+    # The width is gathered before the lookup, not the looked-up batch after it.
+    table = nn.with_logical_constraint(self.embedding, ("vocab", None))
+    x = jnp.take(table, tokens, axis=0)
     if self.scale:
       x = x * self.embed_dim**0.5
     if self.positions == "sinusoidal":

@@ -12,6 +12,20 @@ MIXER_SCHEMES = ("none", "rope", "xpos", "alibi")
 EMBEDDING_SCHEMES = ("none", "sinusoidal", "learned")
 
 
+def split_scheme(positions: str) -> tuple[str, str]:
+  """A scheme as `(of the embedding, of the mixer)`, one of which is `none`.
+
+  Raises:
+    ValueError: it is neither's.
+  """
+  if positions in EMBEDDING_SCHEMES:
+    return positions, "none"
+  if positions in MIXER_SCHEMES:
+    return "none", positions
+  choices = sorted({*EMBEDDING_SCHEMES, *MIXER_SCHEMES})
+  raise ValueError(f"unknown {positions=}; choose one of {choices}")
+
+
 @dataclasses.dataclass(frozen=True)
 class PositionConfig:
   """How a mixer is told where its tokens are.

@@ -2,7 +2,13 @@
 
 from latentlab.models import retnet, transformer
 from latentlab.models.language_model import (
-  LanguageModel, LanguageModelConfig, Output, decode_step, flops_per_token, init_cache, num_params,
+  LanguageModel,
+  LanguageModelConfig,
+  Output,
+  decode_step,
+  flops_per_token,
+  init_cache,
+  num_params,
   prefill,
 )
 from latentlab.models.registry import build_config

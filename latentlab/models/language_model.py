@@ -12,9 +12,19 @@ from flax import linen as nn
 from flax import struct
 
 from latentlab import ops
-from latentlab.layers import Decoder, DecoderCache, DecoderConfig, Embedder, VocabHead
+from latentlab.layers import (
+  BlockConfig,
+  Decoder,
+  DecoderCache,
+  DecoderConfig,
+  Embedder,
+  FeedForwardConfig,
+  MixerConfig,
+  Stage,
+  VocabHead,
+)
 from latentlab.layers.positions import EMBEDDING_SCHEMES
-from latentlab.typing import Array, Bool, Float, Int, Params
+from latentlab.typing import Array, Bool, DTypeLike, Float, Int, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +171,72 @@ class LanguageModel(nn.Module):
     return ops.cross_entropy(
       hidden, self.head_kernel(), targets, chunk_size=self.config.loss_chunk_size
     )
+
+
+def stack(
+  mixer: MixerConfig,
+  feed_forward: FeedForwardConfig,
+  *,
+  vocab_size: int,
+  num_layers: int,
+  embed_dim: int,
+  norm: str = "rms",
+  positions: str = "none",
+  max_length: int = 2048,
+  scale_embeddings: bool = False,
+  tie_embeddings: bool = False,
+  loss_chunk_size: int | None = None,
+  dtype: DTypeLike = jnp.float32,
+  init: str = "normal",
+  norm_eps: float = 1e-6,
+  dropout_rate: float = 0.0,
+  remat: str = "none",
+  unroll: int | None = None,
+) -> LanguageModelConfig:
+  """A language model of equal layers: what the presets of the papers have in common.
+
+  Args:
+    mixer: Token mixer of every layer.
+    feed_forward: Feed-forward of every layer.
+    vocab_size: Tokens.
+    num_layers: Layers `L`.
+    embed_dim: Width `D`.
+    norm: `rms` or `layer`.
+    positions: Position scheme of the embedding; a mixer's own is in its configuration.
+    max_length: Positions of `learned`.
+    scale_embeddings: Multiply embeddings by `sqrt(D)`.
+    tie_embeddings: Head is the embedding's transpose.
+    loss_chunk_size: Vocabulary entries per chunk of the loss.
+    dtype: Dtype of activations.
+    init: Initialisation scheme.
+    norm_eps: Epsilon of the norms.
+    dropout_rate: Dropout of each branch.
+    remat: What the backward pass keeps.
+    unroll: Layers unrolled in one step of the scan.
+
+  Raises:
+    ValueError: a name is unknown, or a pair means nothing.
+  """
+  block = BlockConfig(mixer, feed_forward, norm)
+  return LanguageModelConfig(
+    decoder=DecoderConfig(
+      embed_dim=embed_dim,
+      stages=(Stage((block,), num_layers),),
+      final_norm=norm,
+      dtype=jnp.dtype(dtype),
+      init=init,
+      norm_eps=norm_eps,
+      dropout_rate=dropout_rate,
+      remat=remat,
+      unroll=unroll,
+    ),
+    vocab_size=vocab_size,
+    positions=positions,
+    max_length=max_length,
+    scale_embeddings=scale_embeddings,
+    tie_embeddings=tie_embeddings,
+    loss_chunk_size=loss_chunk_size,
+  )
 
 
 def init_cache(config: LanguageModelConfig, batch_size: int, max_length: int) -> DecoderCache:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from latentlab.models import retnet, transformer
-from latentlab.models.language_model import LanguageModelConfig
+from latentlab.models.language_model import LanguageModelConfig, stack
 
 MODELS = {
   "retnet": (retnet.retnet, retnet.PRESETS),
@@ -35,7 +35,12 @@ def build_config(model: Mapping[str, Any], vocab_size: int) -> LanguageModelConf
   preset = fields.pop("preset", None)
   if preset is not None and preset not in presets:
     raise ValueError(f"unknown config.model.{preset=} of {name}; choose one of {sorted(presets)}")
-  known = inspect.signature(function).parameters
+  known = {
+    name: p
+    for f in (stack, function)  # The function passes on what it does not name.
+    for name, p in inspect.signature(f).parameters.items()
+    if p.kind is p.KEYWORD_ONLY
+  }
   unknown = sorted(set(fields) - set(known))
   if unknown:
     raise ValueError(

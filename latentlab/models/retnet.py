@@ -1,16 +1,14 @@
 """RetNet (arXiv 2307.08621) as a preset of the decoder.
 
-Body parameters are `12 L d^2` as a Transformer's: retention has `8 d^2` (queries and keys `d^2` each;
-values, gate and output `2 d^2` each), the feed-forward `4 d^2` at width `2 d` (section 3.1).
+Body parameters are `12 L d^2` as a Transformer's: retention has `8 d^2` (queries and keys `d^2`
+each; values, gate and output `2 d^2` each), the feed-forward `4 d^2` at width `2 d` (section 3.1).
 """
 
-import jax.numpy as jnp
+from typing import Any
 
-from latentlab.layers import (
-  BlockConfig, DecoderConfig, FeedForwardConfig, PositionConfig, RetentionConfig, Stage,
-)
-from latentlab.models.language_model import LanguageModelConfig
-from latentlab.typing import DTypeLike
+from latentlab.layers import FeedForwardConfig, PositionConfig, RetentionConfig
+from latentlab.layers.positions import split_scheme
+from latentlab.models.language_model import LanguageModelConfig, stack
 
 # Heads are 256 wide in every size (table 2 and section 3.1); 13b is of the cost runs only.
 PRESETS = {
@@ -24,8 +22,6 @@ PRESETS = {
 
 def retnet(
   *,
-  vocab_size: int,
-  num_layers: int,
   embed_dim: int,
   num_heads: int,
   head_dim: int | None = None,
@@ -46,22 +42,12 @@ def retnet(
   normalization: str = "none",
   chunk_size: int | None = None,
   implementation: str | None = None,
-  max_length: int = 2048,
-  scale_embeddings: bool = False,
-  tie_embeddings: bool = False,
-  loss_chunk_size: int | None = None,
-  dtype: DTypeLike = jnp.float32,
   init: str = "retnet",
-  norm_eps: float = 1e-6,
-  dropout_rate: float = 0.0,
-  remat: str = "none",
-  unroll: int | None = None,
+  **options: Any,
 ) -> LanguageModelConfig:
   """A RetNet language model.
 
   Args:
-    vocab_size: Tokens.
-    num_layers: Layers `L`.
     embed_dim: Width `D`.
     num_heads: Retention heads.
     head_dim: Query and key head size; `embed_dim / num_heads` if `None`.
@@ -69,7 +55,7 @@ def retnet(
     mlp_dim: Feed-forward width; if `None`, what makes a body of `12 d^2` a layer (`2 D` with a gate
       and twice as wide values).
     feed_forward: `gelu`, `relu`, `swiglu` or `geglu`.
-    norm: `rms` or `layer`.
+    norm: `layer` as the paper, or `rms` as the original release.
     positions: `rope`, `sinusoidal`, `learned` or `none`.
     rope_base: Wave length base of the rotation.
     rope_grid: `linspace` as the original release, or `rope`.
@@ -83,19 +69,8 @@ def retnet(
     normalization: Row scale before it: `none`, `decay` or `paper`.
     chunk_size: Chunk length asked of the op.
     implementation: Implementation of the op.
-    max_length: Positions of `learned`.
-    scale_embeddings: Multiply embeddings by `sqrt(D)`.
-    tie_embeddings: Head is the embedding's transpose.
-    loss_chunk_size: Vocabulary entries per chunk of the loss.
-    dtype: Dtype of activations.
     init: Initialisation scheme.
-    norm_eps: Epsilon of the norms.
-    dropout_rate: Dropout of each branch.
-    remat: What the backward pass keeps.
-    unroll: Layers unrolled in one step of the scan.
-
-  Returns:
-    Its configuration.
+    **options: Of `language_model.stack`, `vocab_size` and `num_layers` among them.
 
   Raises:
     ValueError: a name is unknown, a pair means nothing, or sizes do not divide.
@@ -112,26 +87,28 @@ def retnet(
     mlp_dim = (12 * embed_dim**2 - mixer_params) // (matrices * embed_dim)
     if mlp_dim < 1:
       raise ValueError(f"{value_factor=} leaves no room for a feed-forward; give mlp_dim")
-  on_embedding = positions in ("sinusoidal", "learned")
+  on_embedding, in_mixer = split_scheme(positions)
   mixer = RetentionConfig(
-    num_heads=num_heads, head_dim=head_dim, value_head_dim=value_head_dim,
-    positions=PositionConfig(
-      "none" if on_embedding else positions, base=rope_base, grid=rope_grid, layout=rope_layout
-    ),
-    decay=decay, decay_value=decay_value, gate=gate, head_norm=head_norm,
-    head_norm_eps=head_norm_eps, head_norm_affine=head_norm_affine, normalization=normalization,
-    chunk_size=chunk_size, implementation=implementation,
+    num_heads=num_heads,
+    head_dim=head_dim,
+    value_head_dim=value_head_dim,
+    positions=PositionConfig(in_mixer, base=rope_base, grid=rope_grid, layout=rope_layout),
+    decay=decay,
+    decay_value=decay_value,
+    gate=gate,
+    head_norm=head_norm,
+    head_norm_eps=head_norm_eps,
+    head_norm_affine=head_norm_affine,
+    normalization=normalization,
+    chunk_size=chunk_size,
+    implementation=implementation,
   )
-  block = BlockConfig(mixer, FeedForwardConfig(mlp_dim, feed_forward), norm)
-  return LanguageModelConfig(
-    decoder=DecoderConfig(
-      embed_dim, (Stage((block,), num_layers),), norm, jnp.dtype(dtype), init, norm_eps,
-      dropout_rate, remat, unroll,
-    ),
-    vocab_size=vocab_size,
-    positions=positions if on_embedding else "none",
-    max_length=max_length,
-    scale_embeddings=scale_embeddings,
-    tie_embeddings=tie_embeddings,
-    loss_chunk_size=loss_chunk_size,
+  return stack(
+    mixer,
+    FeedForwardConfig(mlp_dim, feed_forward),
+    embed_dim=embed_dim,
+    norm=norm,
+    positions=on_embedding,
+    init=init,
+    **options,
   )

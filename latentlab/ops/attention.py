@@ -110,27 +110,25 @@ def attention(
     visible &= key_bias[:, None, :] > -jnp.inf
   visible = visible[:, None, None]
 
+  # Heads before length: plain batched products, and rows of scores that lie together in memory.
   dtype = jnp.promote_types(q.dtype, jnp.float32)
-  q = q.reshape(batch, length, kv_heads, -1, head_dim)
-  scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=dtype)
+  q = q.reshape(batch, length, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)       # B K G T H
+  k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+  scores = jnp.einsum("BKGTH,BKSH->BKGTS", q, k, preferred_element_type=dtype)
   if key_bias is not None:
     scores += key_bias.astype(dtype)[:, None, None, None, :]
   if slopes is not None:
     slopes = slopes.reshape(1, kv_heads, -1, 1, 1).astype(dtype)
     scores -= slopes * distance[:, None, None].astype(dtype)
   scores = jnp.where(visible, scores, _HIDDEN)
-
-  highest = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True, initial=_HIDDEN))
-  weights = jnp.where(visible, jnp.exp(scores - highest), 0)
-  total = weights.sum(axis=-1, keepdims=True)                                         # B K G T 1
-  seen = total > 0
-  total = jnp.where(seen, total, 1)
-  weights = (weights / total).astype(v.dtype)
-  out = jnp.einsum("BKGTS,BSKV->BTKGV", weights, v, preferred_element_type=dtype)
+  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+  out = jnp.einsum("BKGTS,BKSV->BKGTV", weights, v, preferred_element_type=dtype)
+  seen = visible.any(axis=-1, keepdims=True)
+  out = jnp.where(seen, out, 0).transpose(0, 3, 1, 2, 4)
   out = out.reshape(batch, length, heads, v.shape[-1]).astype(v.dtype)
   if not return_lse:
     return out
-  lse = jnp.where(seen, highest + jnp.log(total), -jnp.inf)[..., 0]
+  lse = jnp.where(seen[..., 0], jax.nn.logsumexp(scores, axis=-1), -jnp.inf)
   return out, lse.reshape(batch, heads, length).swapaxes(1, 2)
 
 

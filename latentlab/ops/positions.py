@@ -135,9 +135,11 @@ def _rotate(
 ) -> Float[Array, "B T N H"]:
   if layout not in ("interleaved", "half"):
     raise ValueError(f"{layout=} must be 'interleaved' or 'half'.")
+  # (a, b) -> (a cos - b sin, b cos + a sin): each feature times cos, and its partner times -+ sin.
+  # Where features are swapped, and not stacked, all of it is one loop over x.
   pairs = (-1, 2) if layout == "interleaved" else (2, -1)
   axis = -1 if layout == "interleaved" else -2
-  a, b = jnp.moveaxis(x.reshape(*x.shape[:-1], *pairs), axis, 0).astype(cos.dtype)
-  cos, sin = cos[:, :, None], sin[:, :, None]
-  out = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis)
-  return out.reshape(x.shape).astype(x.dtype)
+  full = (*cos.shape[:2], 1, x.shape[-1])
+  cos, sin = (jnp.stack(t, axis).reshape(full) for t in ((cos, cos), (-sin, sin)))
+  partner = jnp.flip(x.reshape(*x.shape[:-1], *pairs), axis).reshape(x.shape)
+  return (x * cos + partner * sin).astype(x.dtype)

@@ -9,8 +9,15 @@ import pytest
 from flax import linen as nn
 
 from latentlab.layers import (
-  AttentionConfig, BlockConfig, Decoder, DecoderConfig, FeedForwardConfig, HeadNorm,
-  PositionConfig, RetentionConfig, Stage,
+  AttentionConfig,
+  BlockConfig,
+  Decoder,
+  DecoderConfig,
+  FeedForwardConfig,
+  HeadNorm,
+  PositionConfig,
+  RetentionConfig,
+  Stage,
 )
 
 ATTENTION = AttentionConfig(num_heads=4, head_dim=8, num_kv_heads=2)
@@ -128,5 +135,5 @@ def test_head_norm_sees_one_head_of_one_token(key, kind):
   x = np.asarray(jax.random.normal(key, (2, 3, 2, 8)) * 3 + 1, np.float64)
   want = x - x.mean(-1, keepdims=True) if kind == "group" else x
   want = want / np.sqrt((want**2).mean(-1, keepdims=True))
-  got = HeadNorm(kind, eps=0.0).apply({}, x.astype(np.float32))
+  got = HeadNorm(kind, eps=0.0).apply({}, jnp.float32(x))
   np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)

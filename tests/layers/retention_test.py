@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from latentlab.layers import Context, RetentionConfig, Shared
-from latentlab.layers import initializers
+from latentlab.layers import Context, RetentionConfig, Shared, initializers
 
 BASE = RetentionConfig(num_heads=3, head_dim=8, value_head_dim=12, decay="linspace", gate=False,
                        head_norm="none", chunk_size=4)
@@ -18,7 +17,7 @@ SHARED = Shared(embed_dim=16, dtype=jnp.float32,
 
 
 def _run(config, params, x, cache=None, start=0):
-  positions = jnp.broadcast_to(jnp.arange(start, start + x.shape[1]), x.shape[:2])
+  positions = jnp.broadcast_to(start + jnp.arange(x.shape[1]), x.shape[:2])
   module = config.module(SHARED, name="mixer")
   return module.apply({"params": params}, x, Context(positions), cache)
 

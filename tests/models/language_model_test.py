@@ -10,7 +10,13 @@ import pytest
 from flax import linen as nn
 
 from latentlab.models import (
-  LanguageModel, build_config, decode_step, flops_per_token, init_cache, num_params, prefill,
+  LanguageModel,
+  build_config,
+  decode_step,
+  flops_per_token,
+  init_cache,
+  num_params,
+  prefill,
 )
 
 VOCAB = 23
