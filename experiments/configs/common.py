@@ -4,6 +4,9 @@ import types
 from typing import Any
 
 import ml_collections
+from ml_collections import config_dict
+
+from latentlab.models import registry
 
 
 def parse_arg(arg: str | None, **fields: Any) -> types.SimpleNamespace:
@@ -48,13 +51,13 @@ def parse_arg(arg: str | None, **fields: Any) -> types.SimpleNamespace:
 def language_model(*, seed: int = 0) -> ml_collections.ConfigDict:
   """Defaults of a language model's training run.
 
-  Fields that no code reads cannot be added, so that a misspelt one is an error. Open are `model`,
-  whose fields its constructor checks, `evals` and `expected`.
+  Fields that no code reads cannot be added, so that a misspelt one is an error. Open are `task`,
+  `evals` and `expected`.
   """
   c = ml_collections.ConfigDict()
   c.seed = seed
-  c.task = dict(type="language_model")
-  c.model = dict(name="transformer", num_layers=4, embed_dim=256, num_heads=4)
+  c.task = dict(type="language_model", trainable=(".*",))
+  c.model = model("transformer", num_layers=4, embed_dim=256, num_heads=4)
   c.data = dict(
       source="standard_library",
       path="",
@@ -81,6 +84,7 @@ def language_model(*, seed: int = 0) -> ml_collections.ConfigDict:
       warmup_steps=100,
       end_lr_ratio=0.1,
       power=1.0,
+      decay_embeddings=True,
       ema_decay=0.0,
       accumulate_steps=1,
   )
@@ -92,16 +96,26 @@ def language_model(*, seed: int = 0) -> ml_collections.ConfigDict:
   c.resume = c.init_from = ""
   c.init_rename = c.init_new = ()
   c.evals = dict(
-      validation=dict(type="perplexity", split="validation", every_steps=200, max_batches=16))
+      validation=dict(type="perplexity", split="validation", every_steps=200, max_batches=16,
+                      num_buckets=4))
   c.max_skipped_steps = 10
   c.logging = dict(tensorboard=False)
   # What the end of training draws for the eye; 0 tokens for none.
   c.sample = dict(prompt="", num_tokens=0, temperature=0.8, top_p=0.95)
   c.expected = ml_collections.ConfigDict()
   c.lock()
-  for section in (c.task, c.model, c.evals, c.expected):
+  for section in (c.task, c.evals, c.expected):
     section.unlock()
   return c
+
+
+def model(name: str, **values: Any) -> ml_collections.ConfigDict:
+  """A model's section with every field that the model has, so that a flag can override each."""
+  section = ml_collections.ConfigDict(dict(name=name, preset=config_dict.placeholder(str)))
+  for field, (kind, default) in registry.fields(name).items():
+    section[field] = config_dict.placeholder(kind) if default is None else default
+  section.update(values)
+  return section
 
 
 def smoke(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

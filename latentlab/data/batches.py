@@ -47,19 +47,20 @@ class Windows:
     tokenizer: Knows `<bos>` and padding.
     seq_length: `T`.
     packing: See `DataConfig`.
-    keep_tail: Count the last, partial window too (evaluation sees every token; training does not).
+    evaluation: Read the last, partial window too, and score no document's end, which is no byte of
+      the text. Training learns where documents end, and samples stop there.
   """
 
   tokens: np.ndarray
   tokenizer: tokenizers.Tokenizer
   seq_length: int
   packing: str
-  keep_tail: bool
+  evaluation: bool
 
   @property
   def num_rows(self) -> int:
     targets = max(len(self.tokens) - 1, 0)
-    return -(-targets // self.seq_length) if self.keep_tail else targets // self.seq_length
+    return -(-targets // self.seq_length) if self.evaluation else targets // self.seq_length
 
   def order(self, indices: np.ndarray, seed: int) -> np.ndarray:
     n = self.num_rows
@@ -81,8 +82,9 @@ class Windows:
     if self.packing == "stream":
       starts = np.zeros_like(starts)
     segment_ids, positions = packing.segments(starts)
-    # What follows a document's end is chance, so another document's <bos> is nobody's target.
-    weights = valid & (targets != self.tokenizer.bos_id)
+    weights = valid
+    if self.evaluation:
+      weights = weights & (targets != self.tokenizer.bos_id)
     return _batch(inputs, targets, np.where(valid, positions, 0), segment_ids * valid, weights)
 
   def raw_bytes(self, indices: np.ndarray | None = None) -> bytes:
@@ -255,13 +257,13 @@ def build(
   file = prepare.prepare(config, progress=process_index == 0)
   make = functools.partial(Windows, tokenizer=file.tokenizer, seq_length=config.seq_length,
                            packing=config.packing)
-  training = make(tokens=file.split("train"), keep_tail=False)
+  training = make(tokens=file.split("train"), evaluation=False)
   if not training.num_rows:
     raise ValueError(f"data.seq_length={config.seq_length} is longer than the training split of "
                      f"{str(file.path)!r}, which has {len(training.tokens)} tokens; shorten it or "
                      "use more text.")
   # A document of no text is a lone <bos>, which has no target.
-  splits = {name: make(tokens=file.split(name), keep_tail=True) for name in file.splits}
+  splits = {name: make(tokens=file.split(name), evaluation=True) for name in file.splits}
   splits = {name: rows for name, rows in splits.items() if rows.num_rows}
   summary = file.summary | {"train_windows": training.num_rows}
   return Data(file.tokenizer, splits, training, *place, summary=summary)

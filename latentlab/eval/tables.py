@@ -163,7 +163,7 @@ def plot(
   draw(names[0], papers, -0.12, fmt="D", color="0.35")
   draw(names[1], [c.ratio for c in rows.values()], 0.12, fmt="o", color="tab:blue")
   if axes.containers:
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)  # Over no point of either.
   axes.set_yticks(range(len(rows)), rows)
   axes.set_ylim(len(rows) - 0.5, -0.5)
   axes.set_xlabel("ratio to the base row")

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
@@ -93,7 +94,7 @@ class Projection(nn.Module):
 
     kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape)
     x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-    if mesh_spec("act_length") not in (None, PartitionSpec(None), PartitionSpec()):
+    if any(mesh_spec("act_length") or ()):
       # Rows and positions that lie on different mesh axes do not flatten without a gather.
       return jnp.tensordot(x, kernel, self.num_contracted)
     # One flat product: of a batched one, XLA's CPU backend copies the transposed activations.
@@ -119,7 +120,16 @@ def output_projection(shared: Shared, *, name: str = "out_proj") -> Projection:
 
 
 def mesh_spec(*logical: str | None) -> PartitionSpec | None:
-  """The mesh layout of an activation under the rules in force; `None` where no rule is."""
+  """The mesh layout of an activation under the rules in force; `None` where no rule is.
+
+  Axes of size one are left out: nothing is split over them.
+  """
   if not nn.get_logical_axis_rules():
     return None
-  return nn.logical_to_mesh_axes(logical)
+  sizes = jax.sharding.get_abstract_mesh().shape
+
+  def split(axes: str | tuple[str, ...] | None) -> tuple[str, ...] | None:
+    axes = (axes,) if isinstance(axes, str) else axes or ()
+    return tuple(axis for axis in axes if sizes.get(axis, 1) > 1) or None
+
+  return PartitionSpec(*map(split, nn.logical_to_mesh_axes(logical)))

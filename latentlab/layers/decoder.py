@@ -198,18 +198,22 @@ class Pattern(nn.Module):
   Attributes:
     blocks: The blocks, in order.
     shared: What they share.
-    policy: Remat policy of each block; `None` keeps everything.
+    remat: What the backward pass keeps of each block, a name of `REMAT_POLICIES`.
+    looped: Whether a loop runs this body, and not copies of it side by side.
   """
 
   blocks: tuple[BlockConfig, ...]
   shared: Shared
   remat: str
+  looped: bool
 
   @nn.compact
   def __call__(self, x, caches, first_layer, context):
     block = Block
     if self.remat != "none":
-      block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+      # Side by side, the compiler would see both computations of a block and keep the first.
+      policy = REMAT_POLICIES[self.remat]
+      block = nn.remat(Block, policy=policy, prevent_cse=not self.looped)
     updated = []
     for i, config in enumerate(self.blocks):
       here = context.replace(layer=first_layer + i)
@@ -276,6 +280,7 @@ class Decoder(nn.Module):
     stages, first_layer = [], 0
     for i, stage in enumerate(c.stages):
       unroll = c.unroll or (stage.repeats if target_platform() == "cpu" else 1)
+      unroll = min(unroll, stage.repeats)
       scanned = nn.scan(
         Pattern,
         variable_axes={"params": 0},
@@ -283,9 +288,9 @@ class Decoder(nn.Module):
         in_axes=(0, 0, nn.broadcast),
         out_axes=0,
         length=stage.repeats,
-        unroll=min(unroll, stage.repeats),
+        unroll=unroll,
         metadata_params={nn.PARTITION_NAME: "layers"},
-      )(stage.pattern, shared, c.remat, name=f"stage_{i}")
+      )(stage.pattern, shared, c.remat, unroll < stage.repeats, name=f"stage_{i}")
       layers = first_layer + jnp.arange(stage.repeats) * len(stage.pattern)
       x, updated = scanned(x, cache.stages[i] if cache is not None else None, layers, context)
       stages.append(updated)

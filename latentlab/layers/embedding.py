@@ -36,7 +36,7 @@ class Embedder(nn.Module):
     table = nn.with_logical_partitioning(self.initializer, ("vocab", "embed"))
     self.embedding = self.param("embedding", table, (self.vocab_size, self.embed_dim))
     if self.positions == "learned":
-      table = nn.with_logical_partitioning(self.initializer, (None, "embed"))
+      table = nn.with_logical_partitioning(self.initializer, ("positions", "embed"))
       self.position_embedding = self.param(
         "position_embedding", table, (self.max_length, self.embed_dim)
       )

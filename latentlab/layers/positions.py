@@ -10,6 +10,8 @@ from latentlab.typing import Array, Float, Int
 
 MIXER_SCHEMES = ("none", "rope", "xpos", "alibi")
 EMBEDDING_SCHEMES = ("none", "sinusoidal", "learned")
+GRIDS = ("rope", "linspace")
+LAYOUTS = ("interleaved", "half")
 
 
 def split_scheme(positions: str) -> tuple[str, str]:
@@ -52,6 +54,8 @@ class PositionConfig:
   def __post_init__(self):
     if self.kind not in MIXER_SCHEMES:
       raise ValueError(f"unknown position scheme {self.kind!r}; choose one of {MIXER_SCHEMES}")
+    if self.grid not in GRIDS or self.layout not in LAYOUTS:
+      raise ValueError(f"{self.grid=} must be one of {GRIDS}, and {self.layout=} of {LAYOUTS}")
 
   def rotate(
     self, q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], positions: Int[Array, "B T"]

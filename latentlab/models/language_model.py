@@ -217,13 +217,17 @@ def stack(
   Raises:
     ValueError: a name is unknown, or a pair means nothing.
   """
+  try:
+    dtype = jnp.dtype(dtype)
+  except TypeError as e:
+    raise ValueError(f"unknown {dtype=}; choose float32, bfloat16 or float16") from e
   block = BlockConfig(mixer, feed_forward, norm)
   return LanguageModelConfig(
     decoder=DecoderConfig(
       embed_dim=embed_dim,
       stages=(Stage((block,), num_layers),),
       final_norm=norm,
-      dtype=jnp.dtype(dtype),
+      dtype=dtype,
       init=init,
       norm_eps=norm_eps,
       dropout_rate=dropout_rate,

@@ -1,8 +1,11 @@
 """Models by name: from a config file's `model` section to a model's configuration."""
 
 import inspect
+import typing
 from collections.abc import Mapping
 from typing import Any
+
+import jax.numpy as jnp
 
 from latentlab.models import retnet, transformer
 from latentlab.models.language_model import LanguageModelConfig, stack
@@ -13,12 +16,34 @@ MODELS = {
 }
 
 
+def fields(name: str) -> dict[str, tuple[type, Any]]:
+  """Type and default of each field that a model's section may have, `vocab_size` aside.
+
+  A default of `None` means that the field must be given, or that the model works it out.
+
+  Raises:
+    ValueError: the name is unknown.
+  """
+  if name not in MODELS:
+    raise ValueError(f"unknown config.model.{name=}; choose one of {sorted(MODELS)}")
+  found = {}
+  for function in (stack, MODELS[name][0]):  # The model passes on to `stack` what it does not name.
+    for field, parameter in inspect.signature(function).parameters.items():
+      if parameter.kind is not parameter.KEYWORD_ONLY or field == "vocab_size":
+        continue
+      default = None if parameter.default is parameter.empty else parameter.default
+      kinds = [t for t in (int, float, bool, str) if _admits(parameter.annotation, t)]
+      found[field] = (kinds[0] if kinds else str, default)
+  found["dtype"] = (str, jnp.dtype(found["dtype"][1]).name)
+  return found
+
+
 def build_config(model: Mapping[str, Any], vocab_size: int) -> LanguageModelConfig:
   """The configuration that a config file's `model` section asks for.
 
   Args:
     model: `name` (a key of `MODELS`), optionally `preset` (sizes of a paper), and fields of that
-      model's function, which override the preset's.
+      model, which override the preset's where they are not `None`.
     vocab_size: Tokens, as the tokenizer has them.
 
   Returns:
@@ -27,29 +52,21 @@ def build_config(model: Mapping[str, Any], vocab_size: int) -> LanguageModelConf
   Raises:
     ValueError: a name, preset or field is unknown; the message lists the choices.
   """
-  fields = dict(model)
-  name = fields.pop("name", None)
-  if name not in MODELS:
-    raise ValueError(f"unknown config.model.{name=}; choose one of {sorted(MODELS)}")
+  given = {field: value for field, value in model.items() if value is not None}
+  name, preset = given.pop("name", None), given.pop("preset", None)
+  known = fields(name)
   function, presets = MODELS[name]
-  preset = fields.pop("preset", None)
   if preset is not None and preset not in presets:
     raise ValueError(f"unknown config.model.{preset=} of {name}; choose one of {sorted(presets)}")
-  known = {
-    name: p
-    for f in (stack, function)  # The function passes on what it does not name.
-    for name, p in inspect.signature(f).parameters.items()
-    if p.kind is p.KEYWORD_ONLY
-  }
-  unknown = sorted(set(fields) - set(known))
-  if unknown:
+  if unknown := sorted(set(given) - set(known)):
     raise ValueError(
       f"config.model has fields that {name} does not: {unknown}; choose among {sorted(known)}"
     )
-  fields = {**presets.get(preset, {}), **fields}
-  missing = [
-    p for p, v in known.items() if v.default is v.empty and p not in fields and p != "vocab_size"
-  ]
-  if missing:
+  given = {**presets.get(preset, {}), **given}
+  if missing := [f for f in ("num_layers", "embed_dim", "num_heads") if f not in given]:
     raise ValueError(f"config.model lacks {missing}; set them, or config.model.preset")
-  return function(**{**fields, "vocab_size": vocab_size})
+  return function(vocab_size=vocab_size, **given)
+
+
+def _admits(annotation: Any, kind: type) -> bool:
+  return kind is annotation or kind in typing.get_args(annotation)

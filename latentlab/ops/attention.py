@@ -13,7 +13,10 @@ import jax.numpy as jnp
 
 from latentlab.typing import Array, Bool, Float, Int
 
-_HIDDEN = -1e30  # Finite: a row of -inf would turn to NaN, and its gradient with it.
+# Finite, since a row of -inf would turn to NaN, and its gradient with it. A hidden key lies so far
+# below the lowest score that a bias can make that it gets no weight beside any visible one.
+_HIDDEN = float(jnp.finfo(jnp.float32).min)
+_LOWEST_BIAS = -1e30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +119,7 @@ def attention(
   k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
   scores = jnp.einsum("BKGTH,BKSH->BKGTS", q, k, preferred_element_type=dtype)
   if key_bias is not None:
-    scores += key_bias.astype(dtype)[:, None, None, None, :]
+    scores += jnp.maximum(key_bias.astype(dtype), _LOWEST_BIAS)[:, None, None, None, :]
   if slopes is not None:
     slopes = slopes.reshape(1, kv_heads, -1, 1, 1).astype(dtype)
     scores -= slopes * distance[:, None, None].astype(dtype)

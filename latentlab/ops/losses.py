@@ -53,12 +53,13 @@ def _whole_fwd(hidden, kernel, targets):
   logits = _logits(hidden, kernel)
   lse = jax.nn.logsumexp(logits, axis=-1)
   target = jnp.where(_is_target(logits, targets), logits, 0).sum(-1)
-  return lse - target, (hidden, kernel, targets, logits.astype(hidden.dtype), lse)
+  # Log-probabilities, not logits: rounded in bfloat16, the likely ones keep a small absolute error.
+  return lse - target, (hidden, kernel, targets, (logits - lse[..., None]).astype(hidden.dtype))
 
 
 def _whole_bwd(residuals, grad):
-  hidden, kernel, targets, logits, lse = residuals
-  probs = jnp.exp(logits.astype(lse.dtype) - lse[..., None])
+  hidden, kernel, targets, log_probs = residuals
+  probs = jnp.exp(log_probs.astype(jnp.promote_types(log_probs.dtype, jnp.float32)))
   return *_grads(hidden, kernel, targets, probs, grad), None
 
 

@@ -125,10 +125,15 @@ def _is_matrix(path: str, names: tuple[str | None, ...]) -> bool:
   return len(_matrix_axes(names)) > 1 and path.split("/")[-1] not in ("bias", "scale")
 
 
+def _is_table(names: tuple[str | None, ...]) -> bool:
+  """Embeddings and heads: a vector for each of many ids, not a map between layers."""
+  return "vocab" in names or "positions" in names
+
+
 def _decay_mask(axes: AxisNames, decay_embeddings: bool) -> Callable[[Params], Params]:
   def decays(path, _) -> bool:
     names = axes[_path(path)]
-    return _is_matrix(_path(path), names) and (decay_embeddings or "vocab" not in names)
+    return _is_matrix(_path(path), names) and (decay_embeddings or not _is_table(names))
 
   return lambda params: jax.tree.map_with_path(decays, params)
 
@@ -142,7 +147,7 @@ def _muon(b1: float, b2: float, eps: float, axes: AxisNames) -> optax.GradientTr
 
   def dimensions(path, _) -> contrib.MuonDimensionNumbers | None:
     names = axes[_path(path)]
-    if not _is_matrix(_path(path), names) or "vocab" in names or "embed" not in names:
+    if not _is_matrix(_path(path), names) or _is_table(names) or "embed" not in names:
       return None
     first, *rest = _matrix_axes(names)
     if names[first] == "embed":

@@ -34,6 +34,7 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("mlp", "tensor"),
     ("vocab", "tensor"),
     ("head_dim", None),
+    ("positions", None),
     ("layers", None),
     ("act_batch", ("data", "fsdp")),
     ("act_length", "seq"),

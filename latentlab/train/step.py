@@ -46,7 +46,7 @@ def make_step(
   """Makes the step of a task.
 
   All groups see the parameters as they were before the step. If any group's loss or gradient is
-  not finite (a batch whose weights are all zero included), nothing but the counters changes.
+  not finite, or its update is not (a batch whose weights are all zero included), nothing but the counters changes.
 
   Args:
     task: Its groups are optimised.
@@ -86,6 +86,7 @@ def make_step(
       )
       lr = jnp.asarray(group.schedule(state.step), jnp.float32)
       updates = jax.tree.map(lambda u, lr=lr: lr * u, updates)
+      ok &= jnp.isfinite(optax.tree.norm(updates))
       params = merge(params, optax.apply_updates(trainable, updates))
 
       prefix = f"{group.name}/" if len(task.groups) > 1 else ""

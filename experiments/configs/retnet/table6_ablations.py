@@ -69,7 +69,7 @@ def get_config(arg=None):
   c = common.language_model(seed=arg.seed)
   c.optimizer.update(schedule="linear", end_lr_ratio=0.0, b1=0.9, b2=0.98, clip_norm=2.0)
   if arg.scale == "paper":
-    c.model = dict(name="retnet", num_layers=16, embed_dim=1024, num_heads=4, dropout_rate=0.1,
+    c.model = common.model("retnet", num_layers=16, embed_dim=1024, num_heads=4, dropout_rate=0.1,
                    dtype="bfloat16")
     c.data.update(tokenizer="bpe", vocab_size=32_000, seq_length=2048)
     c.batch_size = 256  # 0.5M tokens.
@@ -80,7 +80,7 @@ def get_config(arg=None):
     c.expected = {f"{'validation' if name == METRIC['paper'] else name}/perplexity": x
                   for name, x in row["expected"].items()}
   else:
-    c.model = dict(name="retnet", num_layers=3, embed_dim=64, num_heads=2)
+    c.model = common.model("retnet", num_layers=3, embed_dim=64, num_heads=2)
     c.data.update(tokenizer="bytes", vocab_size=0, seq_length=128)
     c.batch_size = 8
     # The warm-up is the paper's share of a run.
