@@ -50,7 +50,8 @@ def probe(path: pathlib.Path) -> tuple[tuple[int, ...] | None, str]:
   """The version of an interpreter that runs and has venv, or None and why not."""
   try:
     result = subprocess.run(
-      [path, "-c", _PROBE], capture_output=True, text=True, timeout=30, check=False)
+      [path, "-c", _PROBE], capture_output=True, text=True, timeout=30, check=False
+    )
   except (OSError, subprocess.TimeoutExpired) as e:
     return None, str(e)
   if result.returncode:

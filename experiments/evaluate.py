@@ -1,6 +1,6 @@
 """Runs the evaluations of a config on a checkpoint; prints and saves the result.
 
-  python -m experiments.evaluate --workdir=/tmp/run --step=best
+  python -m experiments.evaluate --workdir=runs/a --step=best
 
 Without `--config`, the workdir's own config is used. Writes `evaluation_<step>.json`.
 """
@@ -21,8 +21,7 @@ _STEP = flags.DEFINE_string("step", "latest", "A step, 'latest' or 'best'.")
 
 def main(config: ml_collections.ConfigDict | None, workdir: str) -> None:
   run = loop.load(workdir, config, step=_STEP.value)
-  evaluations = eval_lib.build(
-      run.config.evals.to_dict(), run.task, run.data, run.trainer.compile)
+  evaluations = eval_lib.build(run.config.evals.to_dict(), run.task, run.data, run.trainer.compile)
   results = {name: x for e in evaluations for name, x in e.run(run.params).items()}
   if jax.process_index() == 0:
     text = json.dumps({"step": run.step, **results}, indent=2)

@@ -1,6 +1,6 @@
 r"""Continues prompts with a trained model.
 
-  python -m experiments.generate --workdir=/tmp/run --prompt="def main(" --top_p=0.9
+  python -m experiments.generate --workdir=runs/a --prompt="def main(" --top_p=0.9
 
 Text goes to stdout as it is drawn, all else to stderr. Every prompt starts a document; a row ends
 where the model starts the next one. A sample depends on `--seed`, its prompt's place and its own
@@ -24,23 +24,40 @@ from latentlab.train import loop
 
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; may be repeated.")
 _PROMPT_FILE = flags.DEFINE_string(
-    "prompt_file", None, "A text file that is one prompt, or a .jsonl file with a 'prompt' a line.")
+  "prompt_file", None, "A text file that is one prompt, or a .jsonl file with a 'prompt' a line."
+)
 _NUM_TOKENS = flags.DEFINE_integer("num_tokens", 256, "Tokens to draw at most.", lower_bound=1)
 _NUM_SAMPLES = flags.DEFINE_integer(
-    "num_samples", 1, "Samples of each prompt.", lower_bound=1, upper_bound=1 << 16)
+  "num_samples", 1, "Samples of each prompt.", lower_bound=1, upper_bound=1 << 16
+)
 _TEMPERATURE = flags.DEFINE_float("temperature", None, "Divides logits; 1 if not given.")
 _TOP_K = flags.DEFINE_integer("top_k", None, "Keeps the best tokens.")
 _TOP_P = flags.DEFINE_float("top_p", None, "Keeps the fewest best tokens of this mass.")
 _MIN_P = flags.DEFINE_float("min_p", None, "Keeps tokens this probable relative to the best.")
 _PENALTY = flags.DEFINE_float(
-    "repetition_penalty", None, "Makes recent tokens less probable; 1 does nothing.")
+  "repetition_penalty", None, "Makes recent tokens less probable; 1 does nothing."
+)
 _GREEDY = flags.DEFINE_bool("greedy", False, "Takes the best token instead of drawing one.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the samples.", lower_bound=0)
 _STEP = flags.DEFINE_string("step", "latest", "A step, 'latest' or 'best'.")
 _STREAM = flags.DEFINE_bool("stream", True, "Writes text while it is drawn, not at the end.")
 _OUTPUT = flags.DEFINE_string("output", None, "A .jsonl file for the samples.")
-_FLAGS = (_PROMPT, _PROMPT_FILE, _NUM_TOKENS, _NUM_SAMPLES, _TEMPERATURE, _TOP_K, _TOP_P, _MIN_P,
-          _PENALTY, _GREEDY, _SEED, _STEP, _STREAM, _OUTPUT)
+_FLAGS = (
+  _PROMPT,
+  _PROMPT_FILE,
+  _NUM_TOKENS,
+  _NUM_SAMPLES,
+  _TEMPERATURE,
+  _TOP_K,
+  _TOP_P,
+  _MIN_P,
+  _PENALTY,
+  _GREEDY,
+  _SEED,
+  _STEP,
+  _STREAM,
+  _OUTPUT,
+)
 
 logger = logging.getLogger("latentlab.generate")
 
@@ -55,9 +72,14 @@ def main(config: ml_collections.ConfigDict | None, workdir: str) -> None:
   number = np.tile(np.arange(_NUM_SAMPLES.value), len(prompts))
   try:
     blocks = sample.stream_text(
-        run.task.model, run.params, run.tokenizer, [prompts[p] for p in each],
-        sampler=sampler, key=sample.row_keys(_SEED.value, (each << 16) + number),
-        max_new_tokens=_NUM_TOKENS.value)
+      run.task.model,
+      run.params,
+      run.tokenizer,
+      [prompts[p] for p in each],
+      sampler=sampler,
+      key=sample.row_keys(_SEED.value, (each << 16) + number),
+      max_new_tokens=_NUM_TOKENS.value,
+    )
   except ValueError as e:
     raise ValueError(f"--prompt or --num_tokens={_NUM_TOKENS.value} does not fit: {e}") from e
   logger.info("Sampling from step %d of %s.", run.step, workdir)
@@ -101,9 +123,13 @@ def _sampler() -> sample.TokenSampler:
       raise ValueError(f"--{flag.name}={flag.value} means nothing with --greedy; drop one of them.")
   try:
     return sample.token_sampler(
-        temperature=1.0 if _TEMPERATURE.value is None else _TEMPERATURE.value, top_k=_TOP_K.value,
-        top_p=_TOP_P.value, min_p=_MIN_P.value, repetition_penalty=_PENALTY.value,
-        greedy=_GREEDY.value)
+      temperature=1.0 if _TEMPERATURE.value is None else _TEMPERATURE.value,
+      top_k=_TOP_K.value,
+      top_p=_TOP_P.value,
+      min_p=_MIN_P.value,
+      repetition_penalty=_PENALTY.value,
+      greedy=_GREEDY.value,
+    )
   except ValueError as e:
     given = (_TEMPERATURE, _TOP_K, _TOP_P, _MIN_P, _PENALTY)
     named = ", ".join(f"--{f.name}={f.value}" for f in given if f.value is not None)
@@ -114,8 +140,10 @@ class _Printer:
   """Writes rows one below the other: the first that is not done as it grows, others behind it."""
 
   def __init__(self, titles: list[str], prompts: list[str]):
-    self._pieces = [[f"--- {title}\n" * bool(title) + prompt]
-                    for title, prompt in zip(titles, prompts, strict=True)]
+    self._pieces = [
+      [f"--- {title}\n" * bool(title) + prompt]
+      for title, prompt in zip(titles, prompts, strict=True)
+    ]
     self._done = [False] * len(titles)
     self._front = 0
 
@@ -135,7 +163,7 @@ class _Printer:
 
 
 def _write(
-    blocks: Iterable[list[sample.Piece]], prompts: list[str], titles: list[str]
+  blocks: Iterable[list[sample.Piece]], prompts: list[str], titles: list[str]
 ) -> list[dict]:
   """Writes the text of blocks to stdout as they come; returns what there is to say of each row."""
   printer = _Printer(titles, prompts)
@@ -144,8 +172,13 @@ def _write(
   if _STREAM.value:
     printer.show()  # The first prompt, while the first block is compiled.
   # A bar and a text on one terminal would write over each other.
-  with tqdm.tqdm(total=_NUM_TOKENS.value, unit="token", leave=False, file=sys.stderr,
-                 disable=True if _STREAM.value else None) as bar:
+  with tqdm.tqdm(
+    total=_NUM_TOKENS.value,
+    unit="token",
+    leave=False,
+    file=sys.stderr,
+    disable=True if _STREAM.value else None,
+  ) as bar:
     for pieces in blocks:
       for r, (row, piece) in enumerate(zip(rows, pieces, strict=True)):
         row["text"] += piece.text
@@ -159,8 +192,9 @@ def _write(
   printer.show()
   seconds = time.monotonic() - start
   count = sum(len(row["tokens"]) for row in rows)
-  logger.info("%d tokens in %.1f s (%.1f tokens/s, compilation included).", count, seconds,
-              count / seconds)
+  logger.info(
+    "%d tokens in %.1f s (%.1f tokens/s, compilation included).", count, seconds, count / seconds
+  )
   return rows
 
 

@@ -10,38 +10,61 @@ killed, it leaves no half-written file under its final name.
 
 import json
 
-from absl import app, flags
+from absl import flags
 
+from latentlab import app
 from latentlab.data import prepare
 
 _DEFAULTS = prepare.DataConfig()
 
 _SOURCE = flags.DEFINE_enum(
-    "source", _DEFAULTS.source, ["standard_library", "path"],
-    "The embedded corpus, or --path (which is enough by itself).")
+  "source",
+  _DEFAULTS.source,
+  ["standard_library", "path"],
+  "The embedded corpus, or --path (which is enough by itself).",
+)
 _PATH = flags.DEFINE_string("path", "", "A text file, a jsonl file, or a folder of these.")
 _INCLUDE = flags.DEFINE_list("include", list(_DEFAULTS.include), "File names to use in a folder.")
 _TOKENIZER = flags.DEFINE_string(
-    "tokenizer", _DEFAULTS.tokenizer, "'bytes', 'bpe', or the path of a tokenizer's json file.")
+  "tokenizer", _DEFAULTS.tokenizer, "'bytes', 'bpe', or the path of a tokenizer's json file."
+)
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 0, "Tokens of a 'bpe'.", lower_bound=0)
 _VALIDATION_FRACTION = flags.DEFINE_float(
-    "validation_fraction", _DEFAULTS.validation_fraction, "Part of the corpus that is held out.")
+  "validation_fraction", _DEFAULTS.validation_fraction, "Part of the corpus that is held out."
+)
 _MAX_TRAIN_BYTES = flags.DEFINE_integer(
-    "max_train_bytes", 0, "Size of a random subset to train on; 0 takes all.", lower_bound=0)
+  "max_train_bytes", 0, "Size of a random subset to train on; 0 takes all.", lower_bound=0
+)
 _OUTPUT = flags.DEFINE_string("output", None, "The token file to write.", required=True)
 _CACHE_DIR = flags.DEFINE_string("cache_dir", "", "Where trained tokenizers are kept.")
 
 
-def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments {argv[1:]}")
+_FLAGS = (
+  _SOURCE,
+  _PATH,
+  _INCLUDE,
+  _TOKENIZER,
+  _VOCAB_SIZE,
+  _VALIDATION_FRACTION,
+  _MAX_TRAIN_BYTES,
+  _OUTPUT,
+  _CACHE_DIR,
+)
+
+
+def main() -> None:
   config = prepare.DataConfig(
-      source=_SOURCE.value, path=_PATH.value, include=tuple(_INCLUDE.value),
-      tokenizer=_TOKENIZER.value, vocab_size=_VOCAB_SIZE.value,
-      validation_fraction=_VALIDATION_FRACTION.value, max_train_bytes=_MAX_TRAIN_BYTES.value,
-      cache_dir=_CACHE_DIR.value)
+    source=_SOURCE.value,
+    path=_PATH.value,
+    include=tuple(_INCLUDE.value),
+    tokenizer=_TOKENIZER.value,
+    vocab_size=_VOCAB_SIZE.value,
+    validation_fraction=_VALIDATION_FRACTION.value,
+    max_train_bytes=_MAX_TRAIN_BYTES.value,
+    cache_dir=_CACHE_DIR.value,
+  )
   print(json.dumps(prepare.prepare(config, output=_OUTPUT.value).summary, indent=2))
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run_tool(main, flag_names=[f.name for f in _FLAGS])

@@ -52,8 +52,11 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the runs; runs/<paper
 _OUTPUT = flags.DEFINE_string("output", None, "Folder of the results; experiments/results.")
 _COLLECT_ONLY = flags.DEFINE_bool("collect_only", False, "Run nothing; use what is finished.")
 _NUM_WORKERS = flags.DEFINE_integer(
-    "num_workers", 1, "Cells that run at a time, each with its share of the CPU's cores.",
-    lower_bound=1)
+  "num_workers",
+  1,
+  "Cells that run at a time, each with its share of the CPU's cores.",
+  lower_bound=1,
+)
 
 _PROTOCOL = ("TITLE", "BASE", "METRIC", "ALSO", "SCALES", "ROWS", "get_config")
 # In a process of its own: one that has asked for its devices may hold them from the cells.
@@ -125,10 +128,15 @@ class Cell:
     if not path.exists():
       return
     old, new = (_flat(json.loads(x)) for x in (path.read_text(), self.config.to_json()))
-    if changed := [f"{k}: {old.get(k)!r} there, {new.get(k)!r} asked for"
-                   for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]:
-      raise ValueError(f"{str(self.workdir)!r} holds a run of another config ({'; '.join(changed)})"
-                       "; choose another --workdir, or delete it.")
+    if changed := [
+      f"{k}: {old.get(k)!r} there, {new.get(k)!r} asked for"
+      for k in sorted(old.keys() | new.keys())
+      if old.get(k) != new.get(k)
+    ]:
+      raise ValueError(
+        f"{str(self.workdir)!r} holds a run of another config ({'; '.join(changed)})"
+        "; choose another --workdir, or delete it."
+      )
 
 
 def load(path: str) -> types.ModuleType:
@@ -148,14 +156,14 @@ def load(path: str) -> types.ModuleType:
 
 
 def make_cells(
-    table: types.ModuleType,
-    workdir: str | pathlib.Path,
-    *,
-    scale: str,
-    seeds: Sequence[str],
-    rows: Sequence[str] = (),
-    smoke: bool = False,
-    overrides: Sequence[str] = (),
+  table: types.ModuleType,
+  workdir: str | pathlib.Path,
+  *,
+  scale: str,
+  seeds: Sequence[str],
+  rows: Sequence[str] = (),
+  smoke: bool = False,
+  overrides: Sequence[str] = (),
 ) -> list[Cell]:
   """The cells of a table, seed by seed, so that whole comparisons are there early.
 
@@ -202,8 +210,10 @@ def run(cells: Sequence[Cell], names: Sequence[str], num_workers: int = 1) -> li
     return []
   environment = _environment()
   if num_workers > 1 and environment["platform"] != "cpu":
-    raise ValueError(f"--num_workers={num_workers} would share {environment['device']!r}; "
-                     "on an accelerator it is 1.")
+    raise ValueError(
+      f"--num_workers={num_workers} would share {environment['device']!r}; "
+      "on an accelerator it is 1."
+    )
   num_threads = max((os.cpu_count() or 1) // num_workers, 1) if num_workers > 1 else None
   running: dict[Cell, subprocess.Popen] = {}
   failed = []
@@ -233,7 +243,7 @@ def run(cells: Sequence[Cell], names: Sequence[str], num_workers: int = 1) -> li
 
 
 def collect(
-    table: types.ModuleType, cells: Sequence[Cell], *, scale: str, command: str
+  table: types.ModuleType, cells: Sequence[Cell], *, scale: str, command: str
 ) -> tuple[str, dict[str, Any], dict[str, tables.Comparison]]:
   """Makes the table from the cells that are finished.
 
@@ -246,57 +256,81 @@ def collect(
   names = _names(table)
   found = {cell: values for cell in cells if (values := cell.values(names)) is not None}
   rows = list(dict.fromkeys(cell.row for cell in cells))
-  ours = {name: {row: {c.seed: v[name] for c, v in found.items() if c.row == row} for row in rows}
-          for name in names}
+  ours = {
+    name: {row: {c.seed: v[name] for c, v in found.items() if c.row == row} for row in rows}
+    for name in names
+  }
   if not ours[names[0]][table.BASE]:
-    raise ValueError(f"no seed of {table.BASE!r}, the row that others are compared with, is "
-                     "finished; run it.")
+    raise ValueError(
+      f"no seed of {table.BASE!r}, the row that others are compared with, is finished; run it."
+    )
   expected = {row: table.ROWS[row]["expected"] for row in rows}
   column = table.METRIC["paper"]
   comparisons = {
-      name: tables.compare(
-          {row: x.get(column) for row, x in expected.items()} if name == names[0] else {},
-          ours[name], table.BASE)
-      for name in names}
+    name: tables.compare(
+      {row: x.get(column) for row, x in expected.items()} if name == names[0] else {},
+      ours[name],
+      table.BASE,
+    )
+    for name in names
+  }
 
   about = {row: table.ROWS[row]["about"] for row in rows}
   missing = [cell.name for cell in cells if cell not in found]
   num_seeds = len({cell.seed for cell in cells})
   parts = [
-      f"# {table.TITLE}\n\n",
-      f"Scale `{scale}`. {table.SCALES[scale]}\n\n",
-      f"Ours: mean ± half of the 95 % t-interval over {num_seeds} seeds. Ratios and differences "
-      f"are to `{table.BASE}`, seed by seed. Made by\n\n```\n{command}\n```\n\n",
-      f"**Not finished: {', '.join(missing)}.**\n\n" if missing else "",
-      tables.markdown(comparisons[names[0]], about, column, names[0]),
+    f"# {table.TITLE}\n\n",
+    f"Scale `{scale}`. {table.SCALES[scale]}\n\n",
+    f"Ours: mean ± half of the 95 % t-interval over {num_seeds} seeds. Ratios and differences "
+    f"are to `{table.BASE}`, seed by seed. Made by\n\n```\n{command}\n```\n\n",
+    f"**Not finished: {', '.join(missing)}.**\n\n" if missing else "",
+    tables.markdown(comparisons[names[0]], about, column, names[0]),
   ]
   if table.ALSO:
     parts += ["\n## Also measured\n\n", _also(table, {n: comparisons[n] for n in table.ALSO})]
   if others := [c for c in next(iter(expected.values())) if c != column]:
-    parts += ["\n## In the paper only\n\n", tables.markdown_table(
+    parts += [
+      "\n## In the paper only\n\n",
+      tables.markdown_table(
         ("row", *others),
-        ((f"`{row}`", *("–" if x.get(c) is None else f"{x[c]:g}" for c in others))
-         for row, x in expected.items()))]
+        (
+          (f"`{row}`", *("–" if x.get(c) is None else f"{x[c]:g}" for c in others))
+          for row, x in expected.items()
+        ),
+      ),
+    ]
 
   data = dict(
-      title=table.TITLE, scale=scale, about=table.SCALES[scale], base=table.BASE, command=command,
-      metric=dict(table.METRIC), missing=missing,
-      rows={row: dict(
-          about=about[row], paper=expected[row],
-          seeds={c.seed: values | {"seconds": c.seconds()}
-                 for c, values in found.items() if c.row == row},
-          ours={name: dataclasses.asdict(comparisons[name][row]) for name in names})
-          for row in rows},
-      **_configs(cells, table.BASE), environments=_environments(found))
+    title=table.TITLE,
+    scale=scale,
+    about=table.SCALES[scale],
+    base=table.BASE,
+    command=command,
+    metric=dict(table.METRIC),
+    missing=missing,
+    rows={
+      row: dict(
+        about=about[row],
+        paper=expected[row],
+        seeds={
+          c.seed: values | {"seconds": c.seconds()} for c, values in found.items() if c.row == row
+        },
+        ours={name: dataclasses.asdict(comparisons[name][row]) for name in names},
+      )
+      for row in rows
+    },
+    **_configs(cells, table.BASE),
+    environments=_environments(found),
+  )
   return "".join(parts), data, comparisons[names[0]]
 
 
 def save(
-    directory: pathlib.Path,
-    stem: str,
-    text: str,
-    data: Mapping[str, Any],
-    comparisons: Mapping[str, tables.Comparison],
+  directory: pathlib.Path,
+  stem: str,
+  text: str,
+  data: Mapping[str, Any],
+  comparisons: Mapping[str, tables.Comparison],
 ) -> list[pathlib.Path]:
   """Writes `<stem>.md`, `.json` and `.png`."""
   directory.mkdir(parents=True, exist_ok=True)
@@ -314,8 +348,10 @@ def main(argv: list[str]) -> None:
   except ValueError as e:
     sys.exit(f"Error: {e}")
   if failed:
-    sys.exit(f"Failed: {', '.join(cell.name for cell in failed)}; see log.txt of each. The same "
-             "command tries them again.")
+    sys.exit(
+      f"Failed: {', '.join(cell.name for cell in failed)}; see log.txt of each. The same "
+      "command tries them again."
+    )
 
 
 def _main(overrides: list[str]) -> list[Cell]:
@@ -324,8 +360,15 @@ def _main(overrides: list[str]) -> list[Cell]:
   size = f"{_SCALE.value}_smoke" if _SMOKE.value else _SCALE.value
   paper = path.absolute().parent.name
   workdir = pathlib.Path(_WORKDIR.value or f"runs/{paper}_{path.stem}_{size}")
-  cells = make_cells(table, workdir, scale=_SCALE.value, seeds=_SEEDS.value, rows=_ROWS.value,
-                     smoke=_SMOKE.value, overrides=overrides)
+  cells = make_cells(
+    table,
+    workdir,
+    scale=_SCALE.value,
+    seeds=_SEEDS.value,
+    rows=_ROWS.value,
+    smoke=_SMOKE.value,
+    overrides=overrides,
+  )
   failed = [] if _COLLECT_ONLY.value else run(cells, _names(table), _NUM_WORKERS.value)
   # What a smoke run measures is no result.
   output = _OUTPUT.value or (workdir if _SMOKE.value else "experiments/results")
@@ -339,8 +382,11 @@ def _main(overrides: list[str]) -> list[Cell]:
 
 def _shown_flags(overrides: Sequence[str]) -> list[str]:
   """The flags that decide what the table holds."""
-  shown = [f"--config={_CONFIG.value}", f"--scale={_SCALE.value}",
-           f"--seeds={','.join(_SEEDS.value)}"]
+  shown = [
+    f"--config={_CONFIG.value}",
+    f"--scale={_SCALE.value}",
+    f"--seeds={','.join(_SEEDS.value)}",
+  ]
   if _ROWS.value:
     shown.append(f"--rows={','.join(_ROWS.value)}")
   return shown + _SMOKE.value * ["--smoke"] + (["--", *overrides] if overrides else [])
@@ -351,23 +397,32 @@ def _names(table: types.ModuleType) -> list[str]:
 
 
 def _also(
-    table: types.ModuleType, comparisons: Mapping[str, Mapping[str, tables.Comparison]]
+  table: types.ModuleType, comparisons: Mapping[str, Mapping[str, tables.Comparison]]
 ) -> str:
   header = ["row", *(f"{name}{what}" for name in comparisons for what in ("", ", ratio"))]
   text = lambda x: "–" if x is None else x.text()
   rows = next(iter(comparisons.values()))
-  return tables.markdown_table(header, (
+  return tables.markdown_table(
+    header,
+    (
       [f"`{row}`", *(text(x) for c in comparisons.values() for x in (c[row].ours, c[row].ratio))]
-      for row in rows))
+      for row in rows
+    ),
+  )
 
 
 def _configs(cells: Sequence[Cell], base: str) -> dict[str, Any]:
   """The base row's config, and what each other row changes of it, at the first seed."""
   first = {cell.row: cell.config for cell in reversed(cells)}
   whole = json.loads(first.pop(base).to_json())
-  changes = {row: {k: v for k, v in _flat(json.loads(config.to_json())).items()
-                   if _flat(whole).get(k, ...) != v and not k.startswith("expected.")}
-             for row, config in first.items()}
+  changes = {
+    row: {
+      k: v
+      for k, v in _flat(json.loads(config.to_json())).items()
+      if _flat(whole).get(k, ...) != v and not k.startswith("expected.")
+    }
+    for row, config in first.items()
+  }
   return {"config": whole, "config_changes": dict(reversed(changes.items()))}
 
 
@@ -391,7 +446,8 @@ def _environment() -> dict[str, Any]:
 def _commit() -> str | None:
   """The checkout's commit, marked where files differ from it; `None` outside of one."""
   git = lambda *args: subprocess.run(
-      ["git", *args], cwd=pathlib.Path(__file__).parent, capture_output=True, text=True)
+    ["git", *args], cwd=pathlib.Path(__file__).parent, capture_output=True, text=True
+  )
   try:
     commit, status = git("rev-parse", "HEAD"), git("status", "--porcelain", "-uno")
   except FileNotFoundError:
@@ -413,9 +469,7 @@ def _parse(argument: str, overrides: Sequence[str]) -> ml_collections.ConfigDict
   return values["config"].value
 
 
-def _start(
-    cell: Cell, environment: Mapping[str, Any], num_threads: int | None
-) -> subprocess.Popen:
+def _start(cell: Cell, environment: Mapping[str, Any], num_threads: int | None) -> subprocess.Popen:
   cell.workdir.mkdir(parents=True, exist_ok=True)
   (cell.workdir / "environment.json").write_text(json.dumps(environment) + "\n")
   env = dict(os.environ)
@@ -424,12 +478,19 @@ def _start(
     env |= {name: str(num_threads) for name in ("NPROC", "OMP_NUM_THREADS")}
     if num_threads == 1:
       env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false"
-  command = [sys.executable, "-m", "experiments.train", f"--config={cell.argument}",
-             f"--workdir={cell.workdir}", *cell.overrides]
+  command = [
+    sys.executable,
+    "-m",
+    "experiments.train",
+    f"--config={cell.argument}",
+    f"--workdir={cell.workdir}",
+    *cell.overrides,
+  ]
   with (cell.workdir / "log.txt").open("a") as log:
     # A group of its own: Ctrl-C reaches this process alone, which then lets the cell save.
     return subprocess.Popen(
-        command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+      command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
 
 
 @contextlib.contextmanager
@@ -462,8 +523,9 @@ def _flat(x: Any, path: str = "") -> dict[str, Any]:
   """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
   if not isinstance(x, dict):
     return {path: x}
-  return {k: v for name, y in x.items()
-          for k, v in _flat(y, f"{path}.{name}" if path else name).items()}
+  return {
+    k: v for name, y in x.items() for k, v in _flat(y, f"{path}.{name}" if path else name).items()
+  }
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Trains a model, or goes on training it.
 
-  python -m experiments.train --config=experiments/configs/quickstart.py --workdir=/tmp/run
+python -m experiments.train --config=experiments/configs/quickstart.py --workdir=runs/a
 """
 
 from latentlab import app

@@ -22,7 +22,7 @@ def target_platform() -> str:
 
 
 def resolve(
-    implementation: str | Sequence[str] | None, known: Collection[str], default: Sequence[str]
+  implementation: str | Sequence[str] | None, known: Collection[str], default: Sequence[str]
 ) -> tuple[str, ...]:
   """The names to try, in order, for an `implementation` argument.
 
@@ -52,6 +52,6 @@ def vary_alike(*arrays: Array) -> tuple[Array, ...]:
   varying = [jax.typeof(a).manual_axis_type.varying for a in arrays]
   union = frozenset().union(*varying)
   return tuple(
-      jax.lax.pcast(a, tuple(sorted(union - v)), to="varying") if v != union else a
-      for a, v in zip(arrays, varying, strict=True)
+    jax.lax.pcast(a, tuple(sorted(union - v)), to="varying") if v != union else a
+    for a, v in zip(arrays, varying, strict=True)
   )

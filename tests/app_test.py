@@ -36,34 +36,53 @@ def parse(monkeypatch, config_file):
   def run(*args, config_required=True):
     monkeypatch.setattr(sys, "argv", ["binary", *args])  # Where ml_collections finds overrides.
     app._parse(sys.argv, app._OURS, config_required)
+
   return run
 
 
 def test_overrides_reach_the_config(parse, config_file):
-  parse(f"--config={config_file}:row=large,seed=3", "--workdir=w", "--config.optimizer.b1=0.5",
-        "--config.evals.validation.max_batches=2")
+  parse(
+    f"--config={config_file}:row=large,seed=3",
+    "--workdir=w",
+    "--config.optimizer.b1=0.5",
+    "--config.evals.validation.max_batches=2",
+  )
   config = flags.FLAGS.config
   assert (config.seed, config.optimizer.b1, config.evals.validation.max_batches) == (3, 0.5, 2)
 
 
-@pytest.mark.parametrize("arguments, messages", [
-  (["--wrkdir=x"], ["Unknown flag --wrkdir (did you mean workdir?)", "--coordinator_address"]),
-  (["--config.seed=1"], ["--config, which has to be given"]),
-  (["--config=C", "--workdir=w", "--config.optimizer.peek_lr=1"],
-   ["--config.optimizer.peek_lr (did you mean peak_lr?)", "warmup_steps"]),
-  (["--config=C", "--workdir=w", "--config.optimiser.peak_lr=1"],
-   ["--config.optimiser (did you mean optimizer?)", "train_steps"]),
-  (["--config=C", "--workdir=w", "--config.seed.x=1"], ["--config.seed.x; config.seed has no"]),
-  (["--config=C", "--workdir=w", "--config.seed=many"], ["invalid literal", "many"]),
-  (["--config=C:row=medium", "--workdir=w"], ["unknown row='medium'", "['small', 'large']"]),
-  (["--config=C:rwo=small", "--workdir=w"], ["'rwo'", "['row', 'seed', 'smoke']"]),
-  (["--config=none.py", "--workdir=w"], ["'none.py' is no file"]),
-  (["--workdir=w"], ["--config is missing"]),
-  (["--config=C"], ["--workdir is missing"]),
-  (["--config=C", "--workdir=w", "train"], ["without a flag: ['train']"]),
-], ids=lambda x: "" if isinstance(x, tuple) else None)
+@pytest.mark.parametrize(
+  "arguments, messages",
+  [
+    (["--wrkdir=x"], ["Unknown flag --wrkdir (did you mean workdir?)", "--coordinator_address"]),
+    (["--config.seed=1"], ["--config, which has to be given"]),
+    (
+      ["--config=C", "--workdir=w", "--config.optimizer.peek_lr=1"],
+      ["--config.optimizer.peek_lr (did you mean peak_lr?)", "warmup_steps"],
+    ),
+    (
+      ["--config=C", "--workdir=w", "--config.optimiser.peak_lr=1"],
+      ["--config.optimiser (did you mean optimizer?)", "train_steps"],
+    ),
+    (["--config=C", "--workdir=w", "--config.seed.x=1"], ["--config.seed.x; config.seed has no"]),
+    (
+      ["--config=C", "--workdir=w", "--config.seed=many"],
+      ["--config.seed=many", "invalid literal"],
+    ),
+    (["--config=C:seed=abc", "--workdir=w"], ["Error: config argument seed='abc' is no int"]),
+    (["--config=none.py", "--workdir=w", "--config.seed=1"], ["'none.py' is no file"]),
+    (["--config=C:row=medium", "--workdir=w"], ["unknown row='medium'", "['small', 'large']"]),
+    (["--config=C:rwo=small", "--workdir=w"], ["'rwo'", "['row', 'seed', 'smoke']"]),
+    (["--config=none.py", "--workdir=w"], ["'none.py' is no file"]),
+    (["--workdir=w"], ["--config is missing"]),
+    (["--config=C"], ["--workdir is missing"]),
+    (["--config=C", "--workdir=w", "train"], ["without a flag: ['train']"]),
+  ],
+  ids=lambda x: "" if isinstance(x, tuple) else None,
+)
 def test_mistakes_end_in_one_message_with_the_choices(
-    parse, config_file, capsys, arguments, messages):
+  parse, config_file, capsys, arguments, messages
+):
   arguments = [a.replace("=C", f"={config_file}") for a in arguments]
   with pytest.raises(SystemExit) as e:
     parse(*arguments)
@@ -74,6 +93,12 @@ def test_mistakes_end_in_one_message_with_the_choices(
   assert "Traceback" not in printed and len(printed.splitlines()) == 1
 
 
+def test_the_last_config_counts():
+  argv = ["b", "--config=x.py", "--seed=1", "--config", "y.py:row=z"]
+  assert app._config_path(argv) == "y.py:row=z"
+  assert app._config_path(["b", "--config"]) == ""
+
+
 def test_config_may_be_optional(parse):
   parse("--workdir=w", config_required=False)
   assert flags.FLAGS.config is None
@@ -81,16 +106,28 @@ def test_config_may_be_optional(parse):
 
 def test_a_binary_fails_with_one_message(config_file, tmp_path):
   """The whole way once: a bad value that only the trainer can see."""
-  command = [sys.executable, "-m", "experiments.train", f"--config={config_file}",
-             f"--workdir={tmp_path}", "--config.data.path=/nowhere/text.txt"]
+  command = [
+    sys.executable,
+    "-m",
+    "experiments.train",
+    f"--config={config_file}",
+    f"--workdir={tmp_path}",
+    "--config.data.path=/nowhere/text.txt",
+  ]
   env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
   result = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
   assert result.returncode == 1
   assert "Error: " in result.stderr and "/nowhere/text.txt" in result.stderr
   assert "Traceback" not in result.stderr
-  result = subprocess.run([*command, "--num_processes=2"], env=env, cwd=tmp_path,
-                          capture_output=True, text=True)
+  result = subprocess.run(
+    [*command, "--num_processes=2"], env=env, cwd=tmp_path, capture_output=True, text=True
+  )
   assert result.returncode == 1 and "need --coordinator_address" in result.stderr
+  result = subprocess.run(
+    [*command, "--coordinator_address=auto"], env=env, cwd=tmp_path, capture_output=True, text=True
+  )
+  assert result.returncode == 1 and "Slurm, Open MPI, Cloud TPU" in result.stderr
+  assert "Traceback" not in result.stderr
 
 
 def test_arguments_of_a_config_file():
@@ -98,17 +135,21 @@ def test_arguments_of_a_config_file():
   arg = common.parse_arg("row=2b7,smoke,seed=4,heads=2", **fields)
   assert (arg.row, arg.smoke, arg.seed, arg.lr, arg.heads) == ("2b7", True, 4, 0.5, 2)
   assert vars(common.parse_arg(None, **fields)) == dict(
-      row="1b3", smoke=False, seed=0, lr=0.5, heads=1)
+    row="1b3", smoke=False, seed=0, lr=0.5, heads=1
+  )
   assert common.parse_arg("smoke=false,lr=1e-3", **fields).lr == 1e-3
 
 
-@pytest.mark.parametrize("arg, message", [
-  ("rows=1b3", r"'rows'; choose among \['row', 'seed', 'smoke'\]"),
-  ("row=6b7", r"row='6b7'; choose one of \['1b3', '2b7'\]"),
-  ("row", "needs a value"),
-  ("seed=x", "seed='x' is no int"),
-  ("smoke=maybe", r"smoke='maybe'; choose one of \['true', 'false'\]"),
-])
+@pytest.mark.parametrize(
+  "arg, message",
+  [
+    ("rows=1b3", r"'rows'; choose among \['row', 'seed', 'smoke'\]"),
+    ("row=6b7", r"row='6b7'; choose one of \['1b3', '2b7'\]"),
+    ("row", "needs a value"),
+    ("seed=x", "seed='x' is no int"),
+    ("smoke=maybe", r"smoke='maybe'; choose one of \['true', 'false'\]"),
+  ],
+)
 def test_unknown_arguments_are_errors(arg, message):
   with pytest.raises(ValueError, match=message):
     common.parse_arg(arg, row=("1b3", "2b7"), smoke=False, seed=0)

@@ -21,8 +21,12 @@ def test_quickstart_trains_draws_and_samples(tmp_path, monkeypatch):
   nbclient.NotebookClient(
     notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(_COLAB)}}
   ).execute()
-  pictures = [o for cell in notebook.cells for o in cell.get("outputs", ())
-              if "image/png" in o.get("data", {})]
+  pictures = [
+    o
+    for cell in notebook.cells
+    for o in cell.get("outputs", ())
+    if "image/png" in o.get("data", {})
+  ]
   assert pictures
   sampled = notebook.cells[-1].outputs
   text = "".join(o.text for o in sampled if o.get("name") == "stdout")

@@ -15,8 +15,11 @@ from latentlab.train import loop, metrics, optim
 from latentlab.train.task import build_task
 
 _CONFIGS = pathlib.Path(__file__).parent.parent / "experiments/configs"
-_FILES = sorted(p.relative_to(_CONFIGS).with_suffix("") for p in _CONFIGS.rglob("*.py")
-                if p.stem not in ("__init__", "common"))
+_FILES = sorted(
+  p.relative_to(_CONFIGS).with_suffix("")
+  for p in _CONFIGS.rglob("*.py")
+  if p.stem not in ("__init__", "common")
+)
 
 
 def _module(file):
@@ -28,8 +31,9 @@ def _arguments(file):
   module = _module(file)
   if not hasattr(module, "ROWS"):
     return [""]
-  return [f"row={row},scale={scale}"
-          for row, scale in itertools.product(module.ROWS, module.SCALES)]
+  return [
+    f"row={row},scale={scale}" for row, scale in itertools.product(module.ROWS, module.SCALES)
+  ]
 
 
 _EVERY = [(file, argument) for file in _FILES for argument in _arguments(file)]
@@ -53,13 +57,17 @@ def test_builds(file, argument):
   task = build_task(config, _vocab_size(config))
   params = jax.eval_shape(task.init, jax.random.key(0))
   shape = (config.batch_size, config.data.seq_length)
-  ints = dict.fromkeys(("inputs", "targets", "positions", "segment_ids"),
-                       jax.ShapeDtypeStruct(shape, jnp.int32))
+  ints = dict.fromkeys(
+    ("inputs", "targets", "positions", "segment_ids"), jax.ShapeDtypeStruct(shape, jnp.int32)
+  )
   batch = ints | {"weights": jax.ShapeDtypeStruct(shape, jnp.float32)}
   for group in task.groups:
     grads, terms = jax.eval_shape(
-        jax.grad(lambda p, b, k, f=group.loss: ((t := f(p, b, k)).total, t), has_aux=True),
-        params, batch, jax.random.key(0))
+      jax.grad(lambda p, b, k, f=group.loss: ((t := f(p, b, k)).total, t), has_aux=True),
+      params,
+      batch,
+      jax.random.key(0),
+    )
     assert terms.total.shape == terms.weight.shape == ()
     assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, params)
   assert optim.make_schedule(config.optimizer, config.train_steps)(0) > 0
@@ -100,8 +108,11 @@ def test_a_table_measures_what_it_says(file, tmp_path):
 def _body_params(config: ml_collections.ConfigDict) -> int:
   task = build_task(config, _vocab_size(config))
   params = jax.eval_shape(task.init, jax.random.key(0))
-  return sum(x.size for path, x in jax.tree.leaves_with_path(params)
-             if x.ndim > 2 and "decoder" in jax.tree_util.keystr(path))
+  return sum(
+    x.size
+    for path, x in jax.tree.leaves_with_path(params)
+    if x.ndim > 2 and "decoder" in jax.tree_util.keystr(path)
+  )
 
 
 @pytest.mark.parametrize("scale, width, layers", [("paper", 1024, 16), ("small", 64, 3)])
@@ -121,14 +132,21 @@ def test_ablations_see_the_same_text_at_both_lengths():
 
 def test_evaluates_at_another_length(tmp_path):
   (tmp_path / "text.txt").write_text("Nobody expects the quick brown fox to jump again. " * 400)
-  data = data_lib.build(dict(path=str(tmp_path / "text.txt"), cache_dir=str(tmp_path),
-                             seq_length=16), batch_size=4)
+  data = data_lib.build(
+    dict(path=str(tmp_path / "text.txt"), cache_dir=str(tmp_path), seq_length=16), batch_size=4
+  )
   short, long = (list(data.eval_batches("validation", seq_length=n)) for n in (None, 64))
   assert short[0]["inputs"].shape == (4, 16) and long[0]["inputs"].shape == (4, 64)
   assert sum(b["weights"].sum() for b in short) == sum(b["weights"].sum() for b in long)
   assert (long[0]["inputs"][0] == short[0]["inputs"].ravel()).all()
-  for fields, message in ((dict(seq_length=-1), "seq_length=-1 of an evaluation"),
-                          (dict(seq_len=8), "unknown fields")):
+  for fields, message in (
+    (dict(seq_length=-1), "seq_length=-1 of an evaluation"),
+    (dict(seq_len=8), "unknown fields"),
+  ):
     with pytest.raises(ValueError, match=message):
-      eval_lib.build({"x": dict(type="perplexity", every_steps=1, **fields)},
-                     type("Task", (), {"model": None}), data, lambda f: f)
+      eval_lib.build(
+        {"x": dict(type="perplexity", every_steps=1, **fields)},
+        type("Task", (), {"model": None}),
+        data,
+        lambda f: f,
+      )

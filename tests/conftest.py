@@ -11,12 +11,14 @@ PLATFORM = os.environ.get("LATENTLAB_TEST_PLATFORM", "cpu")
 os.environ["JAX_PLATFORMS"] = PLATFORM
 if PLATFORM == "cpu" and "device_count" not in os.environ.get("XLA_FLAGS", ""):
   # Tests compile far longer than they run, so the compiler may leave its code as it is.
-  os.environ["XLA_FLAGS"] = " ".join([
+  os.environ["XLA_FLAGS"] = " ".join(
+    [
       os.environ.get("XLA_FLAGS", ""),
       "--xla_force_host_platform_device_count=8",
       "--xla_backend_optimization_level=0",
       "--xla_llvm_disable_expensive_passes=true",
-  ])
+    ]
+  )
 os.environ.setdefault("MPLBACKEND", "agg")
 
 # Every annotation is checked on each call (or trace) while the tests run: tests/shape_checks.py.

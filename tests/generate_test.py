@@ -21,8 +21,13 @@ def workdir(tmp_path_factory):
   config = common.smoke(common.language_model())
   config.model.update(num_layers=1, embed_dim=16, num_heads=1)
   config.data.update(
-    source="path", path=str(path / "text.txt"), tokenizer="bytes", vocab_size=0, seq_length=16,
-    cache_dir=str(path / "cache"))
+    source="path",
+    path=str(path / "text.txt"),
+    tokenizer="bytes",
+    vocab_size=0,
+    seq_length=16,
+    cache_dir=str(path / "cache"),
+  )
   config.train_steps = config.checkpoint_steps = config.log_steps = 1
   config.optimizer.warmup_steps, config.evals = 0, {}
   loop.train(config, path / "run")
@@ -32,20 +37,35 @@ def workdir(tmp_path_factory):
 def _python(*args):
   env = dict(os.environ, PYTHONPATH=str(_ROOT), PYTHONIOENCODING="utf-8")
   return subprocess.run(
-    [sys.executable, *args], capture_output=True, encoding="utf-8", env=env, timeout=300)
+    [sys.executable, *args], capture_output=True, encoding="utf-8", env=env, timeout=300
+  )
 
 
 def test_samples(workdir, tmp_path):
-  args = ("-m", "experiments.generate", f"--workdir={workdir}", "--prompt=Zwölf", "--prompt=",
-          "--num_samples=2", "--num_tokens=21", "--top_p=0.98", "--seed=5")
+  args = (
+    "-m",
+    "experiments.generate",
+    f"--workdir={workdir}",
+    "--prompt=Zwölf",
+    "--prompt=",
+    "--num_samples=2",
+    "--num_tokens=21",
+    "--top_p=0.98",
+    "--seed=5",
+  )
   streamed = _python(*args, f"--output={tmp_path}/a.jsonl")
   assert streamed.returncode == 0, streamed.stderr
   lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text("utf-8").splitlines()]
   assert [(x["prompt"], x["sample"]) for x in lines] == [
-    ("Zwölf", 0), ("Zwölf", 1), ("", 0), ("", 1)]
+    ("Zwölf", 0),
+    ("Zwölf", 1),
+    ("", 0),
+    ("", 1),
+  ]
   assert streamed.stdout == "".join(
     f"--- prompt {i // 2 + 1}, sample {i % 2 + 1}\n{x['prompt']}{x['text']}\n"
-    for i, x in enumerate(lines))
+    for i, x in enumerate(lines)
+  )
   assert len({x["text"] for x in lines}) == 4
   for x in lines:
     assert x["step"] == 1 and x["seed"] == 5 and x["log_prob"] < 0
@@ -122,8 +142,13 @@ def test_errors_name_flag_value_and_remedy(workdir, tmp_path):
   }
   env = dict(os.environ, PYTHONPATH=str(_ROOT))
   done = subprocess.run(
-    [sys.executable, "-c", _ERRORS, str(workdir)], input="\n".join(cases), capture_output=True,
-    encoding="utf-8", env=env, timeout=300)
+    [sys.executable, "-c", _ERRORS, str(workdir)],
+    input="\n".join(cases),
+    capture_output=True,
+    encoding="utf-8",
+    env=env,
+    timeout=300,
+  )
   assert done.returncode == 0, done.stderr
   for message, expected in zip(done.stdout.splitlines(), cases.values(), strict=True):
     assert expected in message

@@ -79,7 +79,8 @@ def test_imports_go_one_way(source: _Source):
       continue
     room = rest[0] if first == "latentlab" else first
     assert room == source.room or room in _ALLOWED[source.room], (
-      f"{source} imports {name}; {source.room} may import {sorted(_ALLOWED[source.room])}.")
+      f"{source} imports {name}; {source.room} may import {sorted(_ALLOWED[source.room])}."
+    )
 
 
 @_each_source
@@ -88,8 +89,7 @@ def test_optional_packages_are_imported_where_used(source: _Source):
   assert not top & _OPTIONAL
 
 
-@pytest.mark.parametrize(
-  "source", [s for s in _SOURCES if s.room == "pallas_kernels"], ids=str)
+@pytest.mark.parametrize("source", [s for s in _SOURCES if s.room == "pallas_kernels"], ids=str)
 def test_kernels_stand_alone(source: _Source):
   # numpy comes with jax, and computes tables at trace time.
   allowed = {"jax", "jaxtyping", "numpy", "pallas_kernels"} | sys.stdlib_module_names
@@ -98,7 +98,8 @@ def test_kernels_stand_alone(source: _Source):
 
 
 @pytest.mark.parametrize(
-  "source", [s for s in _SOURCES if s.room in ("ops", "pallas_kernels")], ids=str)
+  "source", [s for s in _SOURCES if s.room in ("ops", "pallas_kernels")], ids=str
+)
 def test_public_functions_are_annotated(source: _Source):
   for node in source.tree.body:
     if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"):

@@ -28,8 +28,11 @@ def overrides(tmp_path_factory):
   """Flags that train on a small text for two steps."""
   path = tmp_path_factory.mktemp("text") / "text.txt"
   path.write_text("The quick brown fox jumps over the lazy dog while nobody sees. " * 200)
-  return (f"--config.data.path={path}", f"--config.data.cache_dir={path.parent}",
-          "--config.train_steps=2")
+  return (
+    f"--config.data.path={path}",
+    f"--config.data.cache_dir={path.parent}",
+    "--config.train_steps=2",
+  )
 
 
 def _finish(cell, *values):
@@ -39,9 +42,15 @@ def _finish(cell, *values):
   (cell.workdir / "config.json").write_text(cell.config.to_json())
   steps = cell.config.train_steps
   speed = cell.config.batch_size * cell.config.data.seq_length * 10.0  # Ten steps a second.
-  lines = [{"step": 1, "train/loss": 5.0, "perf/compile_sec": 3.0},
-           {"step": steps, "train/loss": 4.0, "perf/tokens_per_sec": speed,
-            **{f"eval/{name}": x for name, x in zip(NAMES, values, strict=True)}}]
+  lines = [
+    {"step": 1, "train/loss": 5.0, "perf/compile_sec": 3.0},
+    {
+      "step": steps,
+      "train/loss": 4.0,
+      "perf/tokens_per_sec": speed,
+      **{f"eval/{name}": x for name, x in zip(NAMES, values, strict=True)},
+    },
+  ]
   (cell.workdir / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
 
 
@@ -57,13 +66,26 @@ def test_an_estimate_is_a_t_interval():
 
 def test_differences_are_paired_over_the_seeds_that_both_have():
   base = {0: 10.0, 1: 20.0, 2: 30.0}  # Seeds differ by far more than rows do.
-  ours = {"base": base, "worse": {0: 11.0, 1: 21.1, 2: 30.9}, "better": {0: 9.0, 2: 29.1},
-          "same": {0: 10.1, 1: 19.9, 2: 30.0}, "once": {1: 25.0}, "new": {0: 12.0, 1: 22.1},
-          "never": {}}
+  ours = {
+    "base": base,
+    "worse": {0: 11.0, 1: 21.1, 2: 30.9},
+    "better": {0: 9.0, 2: 29.1},
+    "same": {0: 10.1, 1: 19.9, 2: 30.0},
+    "once": {1: 25.0},
+    "new": {0: 12.0, 1: 22.1},
+    "never": {},
+  }
   paper = {"base": 5.0, "worse": 6.0, "better": 6.0, "same": 6.0, "once": 6.0, "new": None}
   got = tables.compare(paper, ours, "base")
   assert [c.verdict for c in got.values()] == [
-      "", "reproduces", "opposite", "undecided", "undecided", "", ""]
+    "",
+    "reproduces",
+    "opposite",
+    "undecided",
+    "undecided",
+    "",
+    "",
+  ]
   assert got["worse"].difference.mean == pytest.approx(1.0)
   assert got["worse"].difference.half_width == pytest.approx(4.302653 * 0.1 / math.sqrt(3))
   assert got["better"].ratio.mean == pytest.approx((0.9 + 0.97) / 2)
@@ -75,10 +97,17 @@ def test_differences_are_paired_over_the_seeds_that_both_have():
 
 
 def test_collects_what_is_finished(table, tmp_path):
-  cells = binary.make_cells(table, tmp_path / "runs", scale="small", seeds=["0", "1"], smoke=True,
-                            rows=["no_gate", "no_decay"])
+  cells = binary.make_cells(
+    table,
+    tmp_path / "runs",
+    scale="small",
+    seeds=["0", "1"],
+    smoke=True,
+    rows=["no_gate", "no_decay"],
+  )
   assert [c.name for c in cells] == [
-      f"{row}/seed{k}" for k in (0, 1) for row in ("retnet", "no_gate", "no_decay")]
+    f"{row}/seed{k}" for k in (0, 1) for row in ("retnet", "no_gate", "no_decay")
+  ]
   for cell, x in zip(cells[:5], (8.0, 9.0, 10.0, 8.2, 9.3), strict=True):
     _finish(cell, x, x + 1)
   (cells[0].workdir / "environment.json").write_text('{"jax": "0.0"}')
@@ -114,7 +143,9 @@ def test_needs_the_base_row(table, tmp_path):
     binary.collect(table, cells, scale="small", command="")
 
 
-@pytest.mark.parametrize("fields, message", [
+@pytest.mark.parametrize(
+  "fields, message",
+  [
     (dict(scale="big"), r"--scale='big'; choose one of \['paper', 'small'\]"),
     (dict(rows=["gate"]), r"--rows=gate; choose among \['retnet', 'no_gate'"),
     (dict(seeds=["a"]), "--seeds=a must be different numbers"),
@@ -122,7 +153,9 @@ def test_needs_the_base_row(table, tmp_path):
     (dict(overrides=["--seed=1"]), r"behind -- stand --config"),
     (dict(overrides=["--config.train_stepz=1"]), "train_stepz"),
     (dict(overrides=["--config.train_steps=x"]), "train_steps=x"),
-], ids=str)
+  ],
+  ids=str,
+)
 def test_unknown_choices(table, tmp_path, fields, message):
   with pytest.raises(ValueError, match=message):
     binary.make_cells(table, tmp_path, **(dict(scale="small", seeds=["0"]) | fields))
@@ -139,20 +172,39 @@ def test_no_table():
 def test_runs_what_is_missing_and_goes_on_after_a_failure(table, tmp_path, overrides):
   """Four cells, two at a time: two are finished, one trains, one fails."""
   make = lambda: binary.make_cells(
-      table, tmp_path / "runs", scale="small", seeds=["0", "1"], rows=["no_gate"], smoke=True,
-      overrides=overrides)
+    table,
+    tmp_path / "runs",
+    scale="small",
+    seeds=["0", "1"],
+    rows=["no_gate"],
+    smoke=True,
+    overrides=overrides,
+  )
   cells = make()
   _finish(cells[0], 8.0, 9.0)
   _finish(cells[2], 8.2, 9.3)
   cells[1].workdir.mkdir(parents=True)
   (cells[1].workdir / "checkpoints").write_text("in the way")
-  command = [sys.executable, "-m", "experiments.tables", f"--config={CONFIG}", "--seeds=0,1",
-             "--rows=no_gate", "--smoke", f"--workdir={tmp_path / 'runs'}",
-             f"--output={tmp_path / 'results'}", "--num_workers=2"]
-  env = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": os.pathsep.join(
-      [str(ROOT), os.environ.get("PYTHONPATH", "")])}
+  command = [
+    sys.executable,
+    "-m",
+    "experiments.tables",
+    f"--config={CONFIG}",
+    "--seeds=0,1",
+    "--rows=no_gate",
+    "--smoke",
+    f"--workdir={tmp_path / 'runs'}",
+    f"--output={tmp_path / 'results'}",
+    "--num_workers=2",
+  ]
+  env = {
+    **os.environ,
+    "XLA_FLAGS": "",
+    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+  }
   call = lambda *flags: subprocess.run(
-      [*command, *flags, "--", *overrides], env=env, capture_output=True, text=True)
+    [*command, *flags, "--", *overrides], env=env, capture_output=True, text=True
+  )
 
   ran = call()
   assert ran.returncode == 1 and "Failed: no_gate/seed0" in ran.stderr, ran.stderr

@@ -25,8 +25,12 @@ def llama(config: LanguageModelConfig) -> "transformers.LlamaForCausalLM":
   block = _block(config)
   mixer = block.mixer
   _demand(
-    config, rms=block.norm, swiglu=block.feed_forward.kind, causal=mixer.mask.kind,
-    rope=mixer.positions.kind, half=mixer.positions.layout,
+    config,
+    rms=block.norm,
+    swiglu=block.feed_forward.kind,
+    causal=mixer.mask.kind,
+    rope=mixer.positions.kind,
+    half=mixer.positions.layout,
   )
   sizes = transformers.LlamaConfig(
     vocab_size=config.vocab_size,
@@ -56,8 +60,13 @@ def torchscale_retnet(config: LanguageModelConfig) -> "torch.nn.Module":
   block = _block(config)
   mixer = block.mixer
   _demand(
-    config, rms=block.norm, swiglu=block.feed_forward.kind, pow2=mixer.decay,
-    rope=mixer.positions.kind, linspace=mixer.positions.grid, interleaved=mixer.positions.layout,
+    config,
+    rms=block.norm,
+    swiglu=block.feed_forward.kind,
+    pow2=mixer.decay,
+    rope=mixer.positions.kind,
+    linspace=mixer.positions.grid,
+    interleaved=mixer.positions.layout,
   )
   args = RetNetConfig(
     vocab_size=config.vocab_size,
@@ -92,17 +101,20 @@ def llama_weights(params: Params) -> StateDict:
   }
   for i, block in _layers(params):
     mixer, feed_forward = block["mixer"], block["feed_forward"]
-    weights |= {f"model.layers.{i}.{name}.weight": x for name, x in {
-      "input_layernorm": block["mixer_norm"]["scale"],
-      "self_attn.q_proj": _linear(mixer["q_proj"]),
-      "self_attn.k_proj": _linear(mixer["k_proj"]),
-      "self_attn.v_proj": _linear(mixer["v_proj"]),
-      "self_attn.o_proj": _linear(mixer["out_proj"], num_contracted=2),
-      "post_attention_layernorm": block["feed_forward_norm"]["scale"],
-      "mlp.gate_proj": _linear(feed_forward["gate_proj"]),
-      "mlp.up_proj": _linear(feed_forward["in_proj"]),
-      "mlp.down_proj": _linear(feed_forward["out_proj"]),
-    }.items()}
+    weights |= {
+      f"model.layers.{i}.{name}.weight": x
+      for name, x in {
+        "input_layernorm": block["mixer_norm"]["scale"],
+        "self_attn.q_proj": _linear(mixer["q_proj"]),
+        "self_attn.k_proj": _linear(mixer["k_proj"]),
+        "self_attn.v_proj": _linear(mixer["v_proj"]),
+        "self_attn.o_proj": _linear(mixer["out_proj"], num_contracted=2),
+        "post_attention_layernorm": block["feed_forward_norm"]["scale"],
+        "mlp.gate_proj": _linear(feed_forward["gate_proj"]),
+        "mlp.up_proj": _linear(feed_forward["in_proj"]),
+        "mlp.down_proj": _linear(feed_forward["out_proj"]),
+      }.items()
+    }
   return _as_numpy(weights)
 
 
@@ -115,18 +127,21 @@ def torchscale_weights(params: Params) -> StateDict:
   }
   for i, block in _layers(params):
     mixer, feed_forward = block["mixer"], block["feed_forward"]
-    weights |= {f"layers.{i}.{name}.weight": x for name, x in {
-      "retention_layer_norm": block["mixer_norm"]["scale"],
-      "retention.q_proj": _linear(mixer["q_proj"]),
-      "retention.k_proj": _linear(mixer["k_proj"]),
-      "retention.v_proj": _linear(mixer["v_proj"]),
-      "retention.g_proj": _linear(mixer["gate_proj"]),
-      "retention.out_proj": _linear(mixer["out_proj"], num_contracted=2),
-      "final_layer_norm": block["feed_forward_norm"]["scale"],
-      "ffn.fc1": _linear(feed_forward["gate_proj"]),  # The one that is activated.
-      "ffn.gate": _linear(feed_forward["in_proj"]),
-      "ffn.fc2": _linear(feed_forward["out_proj"]),
-    }.items()}
+    weights |= {
+      f"layers.{i}.{name}.weight": x
+      for name, x in {
+        "retention_layer_norm": block["mixer_norm"]["scale"],
+        "retention.q_proj": _linear(mixer["q_proj"]),
+        "retention.k_proj": _linear(mixer["k_proj"]),
+        "retention.v_proj": _linear(mixer["v_proj"]),
+        "retention.g_proj": _linear(mixer["gate_proj"]),
+        "retention.out_proj": _linear(mixer["out_proj"], num_contracted=2),
+        "final_layer_norm": block["feed_forward_norm"]["scale"],
+        "ffn.fc1": _linear(feed_forward["gate_proj"]),  # The one that is activated.
+        "ffn.gate": _linear(feed_forward["in_proj"]),
+        "ffn.fc2": _linear(feed_forward["out_proj"]),
+      }.items()
+    }
   return _as_numpy(weights)
 
 
@@ -183,7 +198,8 @@ def _stand_in_for_unused_imports() -> None:
   is in use here, and which cost a second torch's worth of dependencies.
   """
   for name, attributes in (
-    ("fairscale.nn", ("checkpoint_wrapper", "wrap")), ("timm.models.layers", ("drop_path",))
+    ("fairscale.nn", ("checkpoint_wrapper", "wrap")),
+    ("timm.models.layers", ("drop_path",)),
   ):
     parts = name.split(".")
     for i in range(1, len(parts) + 1):

@@ -3,13 +3,14 @@
 import dataclasses
 from typing import Any
 
-# What the peers can compute too: LlamaForCausalLM, and torchscale's RetNet (RetNet sheet: its block
+# What the peers can compute too: LlamaForCausalLM, and torchscale's RetNet (its block
 # has RMS norms and a gated feed-forward). torchscale scales the rows of a head by numbers that
 # depend on its form; behind a head norm they cancel, exactly so where its epsilon is zero.
 MODELS: dict[str, dict[str, Any]] = {
   "transformer": dict(feed_forward="swiglu", rope_layout="half"),
   "retnet": dict(
-    feed_forward="swiglu", norm="rms", decay="pow2", head_norm="rms", head_norm_eps=0.0),
+    feed_forward="swiglu", norm="rms", decay="pow2", head_norm="rms", head_norm_eps=0.0
+  ),
 }
 
 

@@ -32,11 +32,14 @@ _SIZES = flags.DEFINE_list("sizes", ["3m", "10m"], f"Sizes to time, of {', '.joi
 _ROUNDS = flags.DEFINE_integer("rounds", 9, "Turns of each program.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 4, "Timed steps per turn, after one untimed.", lower_bound=1)
 _CORES = flags.DEFINE_integer(
-  "cores", None, "Cores that each program is bound to; all there are by default.", lower_bound=1)
+  "cores", None, "Cores that each program is bound to; all there are by default.", lower_bound=1
+)
 _PEER_COMPILE = flags.DEFINE_bool(
-  "peer_compile", False, "Run the peers through torch.compile, which needs a C++ compiler.")
+  "peer_compile", False, "Run the peers through torch.compile, which needs a C++ compiler."
+)
 _OUTPUT = flags.DEFINE_string(
-  "output", "experiments/results/benchmarks/train_cpu.json", "Where figures go; '' for nowhere.")
+  "output", "experiments/results/benchmarks/train_cpu.json", "Where figures go; '' for nowhere."
+)
 
 PEERS = {"transformer": "transformers Llama", "retnet": "torchscale RetNet"}
 CHUNK_SIZES = (32, 64, 128, 256)  # That torchscale is tried with, besides its parallel form.
@@ -44,8 +47,15 @@ MATCH_STEPS = 3
 LOGITS_TOLERANCE, LOSS_TOLERANCE = 1e-3, 1e-3  # Absolute, with logits of order one; relative.
 REST_SECONDS = 0.3  # Lets the thread pool of the program before stop spinning.
 OPTIMIZER = dict(
-  name="adamw", peak_lr=3e-4, b1=0.9, b2=0.98, eps=1e-8, weight_decay=0.01, clip_norm=1.0,
-  schedule="constant", warmup_steps=0,
+  name="adamw",
+  peak_lr=3e-4,
+  b1=0.9,
+  b2=0.98,
+  eps=1e-8,
+  weight_decay=0.01,
+  clip_norm=1.0,
+  schedule="constant",
+  warmup_steps=0,
 )
 
 
@@ -157,8 +167,9 @@ class Ours(Program):
   def _place(self, inputs, targets):
     # One document a row, as the peers have it: no segments, and positions that count from zero.
     weights = np.ones(inputs.shape, np.float32)
-    return self._trainer.place(dict(
-      inputs=inputs, targets=targets, weights=weights, positions=None, segment_ids=None))
+    return self._trainer.place(
+      dict(inputs=inputs, targets=targets, weights=weights, positions=None, segment_ids=None)
+    )
 
 
 class Peer(Program):
@@ -194,7 +205,11 @@ class Peer(Program):
       (matrices if parameter.ndim > 1 else vectors).append(parameter)
     self._optimizer = torch.optim.AdamW(
       [dict(params=matrices, weight_decay=o["weight_decay"]), dict(params=vectors, weight_decay=0)],
-      lr=o["peak_lr"], betas=(o["b1"], o["b2"]), eps=o["eps"], fused=True)
+      lr=o["peak_lr"],
+      betas=(o["b1"], o["b2"]),
+      eps=o["eps"],
+      fused=True,
+    )
 
   def num_params(self):
     return sum(p.numel() for p in self._module.parameters())
@@ -209,7 +224,8 @@ class Peer(Program):
     self.reset()
     names = {c: "parallel" if c is None else f"chunkwise_{c}" for c in seconds}
     return report | dict(
-      mode=names[best], step_seconds={names[c]: round(s, 4) for c, s in seconds.items()})
+      mode=names[best], step_seconds={names[c]: round(s, 4) for c, s in seconds.items()}
+    )
 
   def _time_chunk_size(self, chunk_size):
     self._set_chunk_size(chunk_size)
@@ -233,8 +249,7 @@ class Peer(Program):
     loss = torch.nn.functional.cross_entropy(self._logits(inputs).flatten(0, 1), targets)
     self._optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(
-      self._module.parameters(), OPTIMIZER["clip_norm"], foreach=True)
+    torch.nn.utils.clip_grad_norm_(self._module.parameters(), OPTIMIZER["clip_norm"], foreach=True)
     self._optimizer.step()
     return loss
 
@@ -285,7 +300,11 @@ def _serve(connection, cores, program, args) -> None:
 
 
 def run_case(
-  model: str, size: specs.Size, cores: Sequence[int], rounds: int, steps: int,
+  model: str,
+  size: specs.Size,
+  cores: Sequence[int],
+  rounds: int,
+  steps: int,
   peer_compile: bool = False,
 ) -> dict[str, Any]:
   """Checks that a model and its peer compute the same, and times their training.
@@ -306,8 +325,10 @@ def run_case(
   """
   with tempfile.TemporaryDirectory() as folder:
     path = os.path.join(folder, "weights.npz")
-    with (Worker(Ours, cores, model, size, path) as ours,
-          Worker(Peer, cores, model, size, path, peer_compile) as peer):
+    with (
+      Worker(Ours, cores, model, size, path) as ours,
+      Worker(Peer, cores, model, size, path, peer_compile) as peer,
+    ):
       programs = {"ours": ours, "peer": peer}
       reports = {name: program.call("prepare") for name, program in programs.items()}
       match = _match(*programs.values(), *reports.values())
@@ -322,14 +343,18 @@ def run_case(
     cpu = [tokens / cpu for _, cpu in seconds[name]]
     report |= dict(
       tokens_per_second=dict(
-        best=round(max(rates)), median=round(statistics.median(rates)), rounds=_rounded(rates)),
+        best=round(max(rates)), median=round(statistics.median(rates)), rounds=_rounded(rates)
+      ),
       tokens_per_cpu_second=dict(
-        best=round(max(cpu)), median=round(statistics.median(cpu)), rounds=_rounded(cpu)),
+        best=round(max(cpu)), median=round(statistics.median(cpu)), rounds=_rounded(cpu)
+      ),
     )
   ratios = {
     f"{unit}_{statistic}": round(
-      reports["ours"][unit][statistic] / reports["peer"][unit][statistic], 3)
-    for unit in ("tokens_per_second", "tokens_per_cpu_second") for statistic in ("best", "median")
+      reports["ours"][unit][statistic] / reports["peer"][unit][statistic], 3
+    )
+    for unit in ("tokens_per_second", "tokens_per_cpu_second")
+    for statistic in ("best", "median")
   }
   return dict(peer_name=PEERS[model], ratio=ratios, match=match, **reports)
 
@@ -351,22 +376,28 @@ def environment(cores: Sequence[int]) -> dict[str, Any]:
   """What the figures hold for."""
   packages = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers", "torchscale")
   return dict(
-    device=_cpu_name(), cores=len(cores), machine=platform.machine(),
+    device=_cpu_name(),
+    cores=len(cores),
+    machine=platform.machine(),
     load_average_before=round(os.getloadavg()[0], 2),
     versions=dict(
       python=platform.python_version(),
-      **{name: importlib.metadata.version(name) for name in packages}),
-    commit=_git("rev-parse", "HEAD"), uncommitted_changes=bool(_git("status", "--porcelain")),
+      **{name: importlib.metadata.version(name) for name in packages},
+    ),
+    commit=_git("rev-parse", "HEAD"),
+    uncommitted_changes=bool(_git("status", "--porcelain")),
   )
 
 
 def _summary(name: str, case: dict[str, Any]) -> str:
   ours, peer = (case[who]["tokens_per_second"]["best"] for who in ("ours", "peer"))
   ratio = case["ratio"]
-  return (f"{name} ({case['ours']['num_params']:,} parameters): {ours:,} tokens/s; "
-          f"{case['peer_name']}, {case['peer']['mode']}: {peer:,}; ratio of the best "
-          f"{ratio['tokens_per_second_best']:.2f}, of the medians "
-          f"{ratio['tokens_per_second_median']:.2f}")
+  return (
+    f"{name} ({case['ours']['num_params']:,} parameters): {ours:,} tokens/s; "
+    f"{case['peer_name']}, {case['peer']['mode']}: {peer:,}; ratio of the best "
+    f"{ratio['tokens_per_second_best']:.2f}, of the medians "
+    f"{ratio['tokens_per_second_median']:.2f}"
+  )
 
 
 def _cpu_name() -> str:
@@ -399,16 +430,26 @@ def main(argv: Sequence[str]) -> None:
     raise app.UsageError(f"--cores={_CORES.value}: this process has {len(available)}")
 
   result = environment(cores) | dict(
-    dtype="float32", rounds=_ROUNDS.value, steps_per_round=_STEPS.value,
-    peer_compile=_PEER_COMPILE.value, optimizer=OPTIMIZER, cases={},
+    dtype="float32",
+    rounds=_ROUNDS.value,
+    steps_per_round=_STEPS.value,
+    peer_compile=_PEER_COMPILE.value,
+    optimizer=OPTIMIZER,
+    cases={},
   )
   for name in _SIZES.value:
     size = specs.SIZES[name]
     for model in _MODELS.value:
       case = run_case(model, size, cores, _ROUNDS.value, _STEPS.value, _PEER_COMPILE.value)
-      result["cases"][f"{model}_{name}"] = dict(
-        batch_size=size.batch_size, seq_length=size.seq_length, model=size.model(model),
-        vocab_size=size.vocab_size) | case
+      result["cases"][f"{model}_{name}"] = (
+        dict(
+          batch_size=size.batch_size,
+          seq_length=size.seq_length,
+          model=size.model(model),
+          vocab_size=size.vocab_size,
+        )
+        | case
+      )
       print(_summary(f"{model} {name}", case), flush=True)
       if _OUTPUT.value:  # After each case, so that an interrupted run has left something.
         output = pathlib.Path(_OUTPUT.value)

@@ -39,8 +39,7 @@ def parse_arg(arg: str | None, **fields: Any) -> types.SimpleNamespace:
       try:
         values[name] = type(default)(text)
       except ValueError as e:
-        raise ValueError(
-            f"config argument {name}={text!r} is no {type(default).__name__}") from e
+        raise ValueError(f"config argument {name}={text!r} is no {type(default).__name__}") from e
       continue
     if text not in choices:
       raise ValueError(f"unknown {name}={text!r}; choose one of {[c for c in choices if c]}")
@@ -59,34 +58,34 @@ def language_model(*, seed: int = 0) -> ml_collections.ConfigDict:
   c.task = dict(type="language_model", trainable=(".*",))
   c.model = model("transformer", num_layers=4, embed_dim=256, num_heads=4)
   c.data = dict(
-      source="standard_library",
-      path="",
-      include=("*",),
-      task="copy",
-      tokenizer="bytes",
-      vocab_size=0,
-      seq_length=256,
-      packing="segments",
-      validation_fraction=0.05,
-      max_train_bytes=0,
-      cache_dir="",
+    source="standard_library",
+    path="",
+    include=("*",),
+    task="copy",
+    tokenizer="bytes",
+    vocab_size=0,
+    seq_length=256,
+    packing="segments",
+    validation_fraction=0.05,
+    max_train_bytes=0,
+    cache_dir="",
   )
   c.batch_size = 32
   c.optimizer = dict(
-      name="adamw",
-      peak_lr=1e-3,
-      b1=0.9,
-      b2=0.98,
-      eps=1e-8,
-      weight_decay=0.01,
-      clip_norm=1.0,
-      schedule="cosine",
-      warmup_steps=100,
-      end_lr_ratio=0.1,
-      power=1.0,
-      decay_embeddings=True,
-      ema_decay=0.0,
-      accumulate_steps=1,
+    name="adamw",
+    peak_lr=1e-3,
+    b1=0.9,
+    b2=0.98,
+    eps=1e-8,
+    weight_decay=0.01,
+    clip_norm=1.0,
+    schedule="cosine",
+    warmup_steps=100,
+    end_lr_ratio=0.1,
+    power=1.0,
+    decay_embeddings=True,
+    ema_decay=0.0,
+    accumulate_steps=1,
   )
   c.mesh = dict(data=-1, fsdp=1, tensor=1, seq=1)
   c.parallelism = "jit"
@@ -96,8 +95,10 @@ def language_model(*, seed: int = 0) -> ml_collections.ConfigDict:
   c.resume = c.init_from = ""
   c.init_rename = c.init_new = ()
   c.evals = dict(
-      validation=dict(type="perplexity", split="validation", every_steps=200, max_batches=16,
-                      num_buckets=4))
+    validation=dict(
+      type="perplexity", split="validation", every_steps=200, max_batches=16, num_buckets=4
+    )
+  )
   c.max_skipped_steps = 10
   c.logging = dict(tensorboard=False)
   # What the end of training draws for the eye; 0 tokens for none.

@@ -14,14 +14,20 @@ from experiments.configs import common
 def get_config(arg=None):
   arg = common.parse_arg(arg, model=("transformer", "retnet"), smoke=False, seed=0)
   c = common.language_model(seed=arg.seed)
-  c.model = common.model(
-    arg.model, num_layers=4, embed_dim=256, num_heads=4, tie_embeddings=True)
+  c.model = common.model(arg.model, num_layers=4, embed_dim=256, num_heads=4, tie_embeddings=True)
   if arg.model == "transformer":
     c.model.update(feed_forward="swiglu", init="fan_in")
   c.data.update(tokenizer="bpe", vocab_size=2048, seq_length=256)
   c.batch_size = 8
-  c.optimizer.update(name="muon", peak_lr=4e-3, b1=0.95, b2=0.95, weight_decay=0.1,
-                     warmup_steps=30, end_lr_ratio=0.02)
+  c.optimizer.update(
+    name="muon",
+    peak_lr=4e-3,
+    b1=0.95,
+    b2=0.95,
+    weight_decay=0.1,
+    warmup_steps=30,
+    end_lr_ratio=0.02,
+  )
   c.train_steps, c.log_steps, c.checkpoint_steps = 450, 10, 100
   c.evals.validation.update(every_steps=100, max_batches=24)
   c.sample.update(prompt="def read_", num_tokens=160)

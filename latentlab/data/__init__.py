@@ -6,5 +6,14 @@ from latentlab.data.prepare import DataConfig
 from latentlab.data.tokenizers import BPETokenizer, ByteTokenizer, Tokenizer
 from latentlab.data.tokenizers import load as load_tokenizer
 
-__all__ = ["BPETokenizer", "Batch", "ByteTokenizer", "Data", "DataConfig", "Tokenizer", "build",
-           "load_tokenizer", "pack"]
+__all__ = [
+  "BPETokenizer",
+  "Batch",
+  "ByteTokenizer",
+  "Data",
+  "DataConfig",
+  "Tokenizer",
+  "build",
+  "load_tokenizer",
+  "pack",
+]

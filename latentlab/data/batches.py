@@ -68,7 +68,8 @@ class Windows:
     for j, index in enumerate(indices.tolist()):
       epoch, place = divmod(index, n)
       out[j] = grain.experimental.index_shuffle(
-          place, max_index=n - 1, seed=_epoch_seed(seed, epoch), rounds=4)
+        place, max_index=n - 1, seed=_epoch_seed(seed, epoch), rounds=4
+      )
     return out
 
   def rows(self, indices: np.ndarray) -> Batch:
@@ -93,7 +94,7 @@ class Windows:
       return self.tokenizer.decode_bytes(self.tokens)
     seen = np.zeros(len(self.tokens), bool)
     for begin in np.unique(indices[indices < self.num_rows]) * self.seq_length:
-      seen[begin:begin + self.seq_length + 1] = True
+      seen[begin : begin + self.seq_length + 1] = True
     return self.tokenizer.decode_bytes(self.tokens[seen])
 
 
@@ -109,8 +110,10 @@ class Task:
 
   def __post_init__(self):
     if self.seq_length < synthetic.SHORTEST:
-      raise ValueError(f"data.seq_length={self.seq_length} is too short for a synthetic task; it "
-                       f"needs at least {synthetic.SHORTEST}.")
+      raise ValueError(
+        f"data.seq_length={self.seq_length} is too short for a synthetic task; it "
+        f"needs at least {synthetic.SHORTEST}."
+      )
 
   def order(self, indices: np.ndarray, seed: int) -> np.ndarray:
     return indices + (seed << 30)  # Every seed has rows of its own.
@@ -125,8 +128,8 @@ class Task:
         continue
       rng = np.random.default_rng((self.stream, index))
       symbols, asked = synthetic.TASKS[self.name](rng, self.seq_length)
-      ids[j, 1:len(symbols) + 1] = symbols
-      answers[j, 1:len(symbols) + 1] = asked
+      ids[j, 1 : len(symbols) + 1] = symbols
+      answers[j, 1 : len(symbols) + 1] = asked
       lengths[j] = len(symbols)
     valid = np.arange(self.seq_length) < lengths[:, None]
     positions = np.where(valid, np.arange(self.seq_length), 0)
@@ -159,6 +162,7 @@ class Data:
   """A corpus or task, ready to train on.
 
   Attributes:
+    config: What it was built from.
     tokenizer: Its vocabulary is the model's.
     splits: "train" and, if there is one, "validation"; what `eval_batches` accepts.
     training: The rows that training visits.
@@ -168,6 +172,7 @@ class Data:
     summary: What the corpus is: digests, and raw bytes, tokens, documents and windows by split.
   """
 
+  config: DataConfig
   tokenizer: tokenizers.Tokenizer
   splits: Mapping[str, Rows]
   training: Rows
@@ -184,7 +189,7 @@ class Data:
     return iter(self._dataset(self.training, endless, seed).to_iter_dataset(_READ_OPTIONS))
 
   def eval_batches(
-      self, split: str, max_batches: int | None = None, seq_length: int | None = None
+    self, split: str, max_batches: int | None = None, seq_length: int | None = None
   ) -> grain.IterDataset[Batch]:
     """A split's batches in corpus order, once, every target once; the last is padded.
 
@@ -208,6 +213,13 @@ class Data:
       return windows.raw_bytes()
     return windows.raw_bytes(np.arange(max_batches * self.batch_size))
 
+  def whole_corpus_bytes(self) -> bytes:
+    """The raw bytes of the training split as it is without `data.max_train_bytes`."""
+    if not self.config.max_train_bytes:
+      return self.raw_bytes("train")
+    whole = dataclasses.replace(self.config, tokenizer="bytes", vocab_size=0, max_train_bytes=0)
+    return build(whole, batch_size=1).raw_bytes("train")
+
   def seen_bytes(self, num_batches: int, seed: int) -> bytes:
     """The raw bytes that the first `num_batches` of `train_iterator(seed)` showed, each once."""
     windows = self._windows(self.training)
@@ -217,8 +229,10 @@ class Data:
 
   def _split(self, name: str) -> Rows:
     if name not in self.splits:
-      raise ValueError(f"split={name!r} does not exist; choose from {sorted(self.splits)}"
-                       " (data.validation_fraction=0 makes no validation split).")
+      raise ValueError(
+        f"split={name!r} does not exist; choose from {sorted(self.splits)}"
+        " (data.validation_fraction=0 makes no validation split)."
+      )
     return self.splits[name]
 
   def _windows(self, rows: Rows) -> Windows:
@@ -227,15 +241,16 @@ class Data:
     return rows
 
   def _dataset(self, rows: Rows, num_batches: int, seed: int | None = None) -> grain.MapDataset:
-    return grain.MapDataset.source(_Source(
-        rows, self.batch_size, self.process_index, self.process_count, num_batches, seed))
+    return grain.MapDataset.source(
+      _Source(rows, self.batch_size, self.process_index, self.process_count, num_batches, seed)
+    )
 
 
 def build(
-    data_config: Mapping[str, Any] | DataConfig,
-    batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
+  data_config: Mapping[str, Any] | DataConfig,
+  batch_size: int,
+  process_index: int = 0,
+  process_count: int = 1,
 ) -> Data:
   """Makes or finds the corpus and checks that it can be trained on.
 
@@ -255,43 +270,50 @@ def build(
   if config.source == "synthetic":
     return _synthetic(config, *place)
   file = prepare.prepare(config, progress=process_index == 0)
-  make = functools.partial(Windows, tokenizer=file.tokenizer, seq_length=config.seq_length,
-                           packing=config.packing)
+  make = functools.partial(
+    Windows, tokenizer=file.tokenizer, seq_length=config.seq_length, packing=config.packing
+  )
   training = make(tokens=file.split("train"), evaluation=False)
   if not training.num_rows:
-    raise ValueError(f"data.seq_length={config.seq_length} is longer than the training split of "
-                     f"{str(file.path)!r}, which has {len(training.tokens)} tokens; shorten it or "
-                     "use more text.")
+    raise ValueError(
+      f"data.seq_length={config.seq_length} is longer than the training split of "
+      f"{str(file.path)!r}, which has {len(training.tokens)} tokens; shorten it or "
+      "use more text."
+    )
   # A document of no text is a lone <bos>, which has no target.
   splits = {name: make(tokens=file.split(name), evaluation=True) for name in file.splits}
   splits = {name: rows for name, rows in splits.items() if rows.num_rows}
   summary = file.summary | {"train_windows": training.num_rows}
-  return Data(file.tokenizer, splits, training, *place, summary=summary)
+  return Data(config, file.tokenizer, splits, training, *place, summary=summary)
 
 
 def _synthetic(config: DataConfig, *place: int) -> Data:
   if config.task not in synthetic.TASKS:
     raise ValueError(f"data.task={config.task!r} is unknown; choose from {list(synthetic.TASKS)}.")
   if config.tokenizer not in ("", "bytes") or config.vocab_size not in (
-      0, tokenizers.ByteTokenizer.vocab_size):
-    raise ValueError(f"data.source='synthetic' is made of bytes: data.tokenizer="
-                     f"{config.tokenizer!r} and data.vocab_size={config.vocab_size} must be 'bytes'"
-                     " and 0.")
+    0,
+    tokenizers.ByteTokenizer.vocab_size,
+  ):
+    raise ValueError(
+      f"data.source='synthetic' is made of bytes: data.tokenizer="
+      f"{config.tokenizer!r} and data.vocab_size={config.vocab_size} must be 'bytes'"
+      " and 0."
+    )
   tokenizer = tokenizers.ByteTokenizer()
   make = functools.partial(Task, config.task, tokenizer, config.seq_length)
   splits = {"train": make(stream=0, num_rows=1024), "validation": make(stream=1, num_rows=1024)}
-  summary = {"corpus": config.task, "tokenizer": tokenizer.kind,
-             "vocab_size": tokenizer.vocab_size}
-  return Data(tokenizer, splits, make(stream=0, num_rows=sys.maxsize), *place, summary=summary)
+  summary = {"corpus": config.task, "tokenizer": tokenizer.kind, "vocab_size": tokenizer.vocab_size}
+  training = make(stream=0, num_rows=sys.maxsize)
+  return Data(config, tokenizer, splits, training, *place, summary=summary)
 
 
 def _batch(inputs, targets, positions, segment_ids, weights) -> Batch:
   return {
-      "inputs": np.ascontiguousarray(inputs, np.int32),
-      "targets": np.ascontiguousarray(targets, np.int32),
-      "positions": np.ascontiguousarray(positions, np.int32),
-      "segment_ids": np.ascontiguousarray(segment_ids, np.int32),
-      "weights": np.ascontiguousarray(weights, np.float32),
+    "inputs": np.ascontiguousarray(inputs, np.int32),
+    "targets": np.ascontiguousarray(targets, np.int32),
+    "positions": np.ascontiguousarray(positions, np.int32),
+    "segment_ids": np.ascontiguousarray(segment_ids, np.int32),
+    "weights": np.ascontiguousarray(weights, np.float32),
   }
 
 

@@ -30,12 +30,14 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     Items by bin, by number.
   """
   if len(lengths) and not 0 < min(lengths) <= max(lengths) <= capacity:
-    raise ValueError(f"every length must lie in [1, {capacity=}]; got {min(lengths)=}, "
-                     f"{max(lengths)=}: cut or drop those examples.")
+    raise ValueError(
+      f"every length must lie in [1, {capacity=}]; got {min(lengths)=}, "
+      f"{max(lengths)=}: cut or drop those examples."
+    )
   room = np.full(len(lengths), capacity)  # An untouched bin follows the open ones.
   bins: list[list[int]] = []
   for item, length in enumerate(lengths):
-    place = int(np.argmax(room[:len(bins) + 1] >= length))
+    place = int(np.argmax(room[: len(bins) + 1] >= length))
     if place == len(bins):
       bins.append([])
     bins[place].append(item)
@@ -44,10 +46,10 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def pack(
-    examples: Sequence[np.ndarray],
-    seq_length: int,
-    pad_id: int,
-    weights: Sequence[np.ndarray] | None = None,
+  examples: Sequence[np.ndarray],
+  seq_length: int,
+  pad_id: int,
+  weights: Sequence[np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
   """Packs whole examples, none of them cut, into rows of the batch format.
 
@@ -63,14 +65,21 @@ def pack(
   """
   bins = first_fit([len(e) - 1 for e in examples], seq_length)
   shape = (len(bins), seq_length)
-  out = {name: np.full(shape, fill, np.int32) for name, fill in (
-      ("inputs", pad_id), ("targets", pad_id), ("positions", 0), ("segment_ids", 0))}
+  out = {
+    name: np.full(shape, fill, np.int32)
+    for name, fill in (
+      ("inputs", pad_id),
+      ("targets", pad_id),
+      ("positions", 0),
+      ("segment_ids", 0),
+    )
+  }
   out["weights"] = np.zeros(shape, np.float32)
   for row, members in enumerate(bins):
     begin = 0
     for segment, item in enumerate(members, 1):
       tokens = np.asarray(examples[item])
-      place = np.s_[row, begin:begin + len(tokens) - 1]
+      place = np.s_[row, begin : begin + len(tokens) - 1]
       out["inputs"][place], out["targets"][place] = tokens[:-1], tokens[1:]
       out["positions"][place] = np.arange(len(tokens) - 1)
       out["segment_ids"][place] = segment

@@ -7,15 +7,17 @@ one's work, and a killed one loses at most the step it was in.
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
 
 import tqdm
-from absl import logging
 
 from latentlab.data import sources, token_file, tokenizers
+
+logger = logging.getLogger(__name__)
 
 SOURCES = ("standard_library", "path", "synthetic")
 PACKINGS = ("segments", "stream")
@@ -67,8 +69,10 @@ class DataConfig:
     if self.source == "path" and not self.path:
       raise ValueError("data.source='path' needs data.path, a text file, folder or token file.")
     if self.source == "synthetic" and self.path:
-      raise ValueError(f"data.path={self.path!r} has no meaning with data.source='synthetic'; "
-                       "leave one of them out.")
+      raise ValueError(
+        f"data.path={self.path!r} has no meaning with data.source='synthetic'; "
+        "leave one of them out."
+      )
 
   @classmethod
   def of(cls, fields) -> "DataConfig":
@@ -89,9 +93,9 @@ def cache_dir(config: DataConfig) -> pathlib.Path:
 
 
 def prepare(
-    config: DataConfig,
-    output: str | os.PathLike | None = None,
-    progress: bool = True,
+  config: DataConfig,
+  output: str | os.PathLike | None = None,
+  progress: bool = True,
 ) -> token_file.TokenFile:
   """Makes the token file that `config` describes, or finds it made.
 
@@ -102,18 +106,24 @@ def prepare(
   """
   if config.path and token_file.is_token_file(config.path):
     return _ready(config, output)
+  if output is not None:
+    token_file.check_output(output)
   corpus = _corpus(config)
   cache = cache_dir(config)
   key = _key(corpus, config)
-  path = cache / f"{corpus.name}-{key}.bin" if output is None else token_file.paths(output)[0]
+  path = cache / f"{corpus.name}-{key}.bin" if output is None else pathlib.Path(output)
   made = _find(path, key, verify=output is not None)
   if made is not None:
     return made
   tokenizer = _tokenizer(config, corpus, cache, key, progress)
-  logging.info("Encoding %s with %s into %s.", corpus.name, tokenizer.kind, path)
+  logger.info("Encoding %s with %s into %s.", corpus.name, tokenizer.kind, path)
   texts = {name: _texts(corpus, name, f"encoding {name}", progress) for name in corpus.splits}
-  return token_file.write(path, tokenizer, texts, {
-      "key": key, "corpus": corpus.name, "corpus_digest": corpus.digest, "skipped": corpus.skipped})
+  return token_file.write(
+    path,
+    tokenizer,
+    texts,
+    {"key": key, "corpus": corpus.name, "corpus_digest": corpus.digest, "skipped": corpus.skipped},
+  )
 
 
 def _ready(config: DataConfig, output: str | os.PathLike | None) -> token_file.TokenFile:
@@ -121,21 +131,34 @@ def _ready(config: DataConfig, output: str | os.PathLike | None) -> token_file.T
   if output is not None:
     raise ValueError(f"data.path={config.path!r} is a token file already; give the text.")
   if config.max_train_bytes:
-    raise ValueError(f"data.max_train_bytes={config.max_train_bytes} cannot limit a token file; set"
-                     " it to 0, or prepare the text with it.")
+    raise ValueError(
+      f"data.max_train_bytes={config.max_train_bytes} cannot limit a token file; set"
+      " it to 0, or prepare the text with it."
+    )
   file = token_file.read(config.path)
   made_with = file.tokenizer
-  remedy = (f"set data.tokenizer={made_with.kind!r} and data.vocab_size={made_with.vocab_size}, or "
-            "make the token file again with experiments/prepare.py")
+  if len(file.tokens) and (largest := int(file.tokens.max())) >= made_with.vocab_size:
+    raise ValueError(
+      f"data.path={config.path!r} holds the id {largest}, but its tokenizer has "
+      f"{made_with.vocab_size} tokens; make it again with experiments/prepare.py."
+    )
+  remedy = (
+    f"set data.tokenizer={made_with.kind!r} and data.vocab_size={made_with.vocab_size}, or "
+    "make the token file again with experiments/prepare.py"
+  )
   if config.vocab_size not in (0, made_with.vocab_size):
-    raise ValueError(f"data.vocab_size={config.vocab_size}, but {str(file.path)!r} was made with a "
-                     f"vocabulary of {made_with.vocab_size}; {remedy}.")
+    raise ValueError(
+      f"data.vocab_size={config.vocab_size}, but {str(file.path)!r} was made with a "
+      f"vocabulary of {made_with.vocab_size}; {remedy}."
+    )
   if config.tokenizer in ("", made_with.kind):
     return file
   wanted = "bpe" if config.tokenizer == "bpe" else tokenizers.load(config.tokenizer).digest
   if wanted != made_with.digest:
-    raise ValueError(f"data.tokenizer={config.tokenizer!r}, but {str(file.path)!r} was made with "
-                     f"{made_with.kind!r} of digest {made_with.digest[:12]}; {remedy}.")
+    raise ValueError(
+      f"data.tokenizer={config.tokenizer!r}, but {str(file.path)!r} was made with "
+      f"{made_with.kind!r} of digest {made_with.digest[:12]}; {remedy}."
+    )
   return file
 
 
@@ -165,37 +188,45 @@ def _find(path: pathlib.Path, key: str, verify: bool) -> token_file.TokenFile | 
   try:
     file = token_file.read(path, verify=verify)
   except ValueError as e:
-    logging.warning("Making %s again: %s", path, e)
+    logger.warning("Making %s again: %s", path, e)
     return None
   return file if file.metadata.get("key") == key else None
 
 
 def _tokenizer(
-    config: DataConfig,
-    corpus: sources.Corpus,
-    cache: pathlib.Path,
-    key: str,
-    progress: bool,
+  config: DataConfig,
+  corpus: sources.Corpus,
+  cache: pathlib.Path,
+  key: str,
+  progress: bool,
 ) -> tokenizers.Tokenizer:
   if config.tokenizer == "bpe":
     path = cache / f"bpe-{key}.json"
     if path.exists():
       return tokenizers.load(path)
-    logging.info("Training a BPE of %d tokens on %s.", config.vocab_size, corpus.name)
+    logger.info("Training a BPE of %d tokens on %s.", config.vocab_size, corpus.name)
     texts = _texts(corpus, "train", "training BPE", progress)
     tokenizer = tokenizers.BPETokenizer.train(texts, config.vocab_size)
     tokenizer.save(path)
     return tokenizer
   tokenizer = tokenizers.load(config.tokenizer or "bytes")
   if config.vocab_size not in (0, tokenizer.vocab_size):
-    raise ValueError(f"data.vocab_size={config.vocab_size}, but data.tokenizer="
-                     f"{config.tokenizer!r} has {tokenizer.vocab_size} tokens; set it to 0.")
+    raise ValueError(
+      f"data.vocab_size={config.vocab_size}, but data.tokenizer="
+      f"{config.tokenizer!r} has {tokenizer.vocab_size} tokens; set it to 0."
+    )
   return tokenizer
 
 
 def _texts(corpus: sources.Corpus, split: str, title: str, progress: bool) -> Iterator[str]:
-  bar = tqdm.tqdm(total=corpus.num_bytes[split], desc=title, unit="B", unit_scale=True,
-                  leave=False, disable=None if progress else True)
+  bar = tqdm.tqdm(
+    total=corpus.num_bytes[split],
+    desc=title,
+    unit="B",
+    unit_scale=True,
+    leave=False,
+    disable=None if progress else True,
+  )
   with bar:
     for document in corpus.splits[split]:
       text = document.read()

@@ -45,11 +45,12 @@ class Document:
       raise ValueError(f"data.path: {str(self.path)!r} cannot be read ({e.strerror}).") from e
     except UnicodeDecodeError as e:
       raise ValueError(
-          f"data.path: {str(self.path)!r} is not utf-8: byte {data[e.start]:#04x} at offset "
-          f"{offset + e.start}. Convert it, or leave it out with data.include.") from e
+        f"data.path: {str(self.path)!r} is not utf-8: byte {data[e.start]:#04x} at offset "
+        f"{offset + e.start}. Convert it, or leave it out with data.include."
+      ) from e
     if self.line is not None:
       text = _jsonl_text(text, self.name)
-    return text[self.begin:self.end]
+    return text[self.begin : self.end]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +93,10 @@ def standard_library() -> tuple[list[Document], int]:
     else:
       documents.append(document)
   if not documents:
-    raise ValueError(f"This Python's standard library has no source files under {str(root)!r}; "
-                     "set data.path to a text of your own.")
+    raise ValueError(
+      f"This Python's standard library has no source files under {str(root)!r}; "
+      "set data.path to a text of your own."
+    )
   return documents, skipped
 
 
@@ -116,12 +119,15 @@ def _find(path: pathlib.Path, include: Sequence[str]) -> list[Document]:
   if path.is_dir():
     documents = [d for file in _walk(path, include) for d in _documents(file)]
     if not documents:
-      raise ValueError(f"data.path={str(path)!r} holds no file that matches data.include="
-                       f"{tuple(include)!r}.")
+      raise ValueError(
+        f"data.path={str(path)!r} holds no file that matches data.include={tuple(include)!r}."
+      )
     return documents
   if not path.exists():
-    raise ValueError(f"data.path={str(path)!r} does not exist; give a text file, a jsonl file, a "
-                     "folder or a token file made by experiments/prepare.py.")
+    raise ValueError(
+      f"data.path={str(path)!r} does not exist; give a text file, a jsonl file, a "
+      "folder or a token file made by experiments/prepare.py."
+    )
   documents = _documents(Document(path.name, path))
   if not documents or not path.stat().st_size:
     raise ValueError(f"data.path={str(path)!r} is empty; give a file that holds text.")
@@ -129,11 +135,11 @@ def _find(path: pathlib.Path, include: Sequence[str]) -> list[Document]:
 
 
 def split(
-    name: str,
-    documents: Sequence[Document],
-    validation_fraction: float,
-    max_train_bytes: int = 0,
-    skipped: int = 0,
+  name: str,
+  documents: Sequence[Document],
+  validation_fraction: float,
+  max_train_bytes: int = 0,
+  skipped: int = 0,
 ) -> Corpus:
   """Splits documents, limits the training part, and takes the corpus's digest.
 
@@ -167,8 +173,10 @@ def split(
     limit = max_train_bytes if split_name == "train" else 0
     kept[split_name], num_bytes[split_name] = _take(members, limit, digest)
   if not num_bytes["train"]:
-    raise ValueError(f"data.path: the training split of {name!r} is empty ({len(ranked)} documents "
-                     f"in all, data.validation_fraction={validation_fraction}).")
+    raise ValueError(
+      f"data.path: the training split of {name!r} is empty ({len(ranked)} documents "
+      f"in all, data.validation_fraction={validation_fraction})."
+    )
   return Corpus(name, kept, num_bytes, digest.hexdigest(), skipped)
 
 
@@ -177,8 +185,11 @@ def _walk(root: pathlib.Path, include: Sequence[str]) -> list[Document]:
   found = []
   for folder, subfolders, names in os.walk(root, onerror=_raise):
     subfolders[:] = [s for s in subfolders if not s.startswith(".") and s not in _EXCLUDED_FOLDERS]
-    found += [pathlib.Path(folder, n) for n in names
-              if not n.startswith(".") and any(fnmatch.fnmatchcase(n, p) for p in include)]
+    found += [
+      pathlib.Path(folder, n)
+      for n in names
+      if not n.startswith(".") and any(fnmatch.fnmatchcase(n, p) for p in include)
+    ]
   named = sorted((p.relative_to(root).as_posix(), p) for p in found if p.is_file())
   return [Document(name, path) for name, path in named if path.stat().st_size]
 
@@ -220,8 +231,10 @@ def _jsonl_text(line: str, name: str) -> str:
 
 def _rank(name: str) -> float:
   """A number in [0, 1) that depends on the name alone."""
-  return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8],
-                        "big") / 2**64
+  return (
+    int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big")
+    / 2**64
+  )
 
 
 def _cut(document: Document, validation_fraction: float) -> tuple[list[Document], list[Document]]:
@@ -229,8 +242,7 @@ def _cut(document: Document, validation_fraction: float) -> tuple[list[Document]
     return [document], []
   length = len(document.read())
   cut = int(length * (1 - validation_fraction))
-  return ([dataclasses.replace(document, end=cut)],
-          [dataclasses.replace(document, begin=cut)])
+  return ([dataclasses.replace(document, end=cut)], [dataclasses.replace(document, begin=cut)])
 
 
 def _take(documents: Sequence[Document], limit: int, digest) -> tuple[list[Document], int]:
@@ -241,7 +253,7 @@ def _take(documents: Sequence[Document], limit: int, digest) -> tuple[list[Docum
     data = document.read().encode("utf-8")
     full = limit and total + len(data) > limit
     if full:
-      text = data[:limit - total].decode("utf-8", errors="ignore")
+      text = data[: limit - total].decode("utf-8", errors="ignore")
       data = text.encode("utf-8")
       document = dataclasses.replace(document, end=document.begin + len(text))
     if data:

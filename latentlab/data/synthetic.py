@@ -34,12 +34,15 @@ def associative_recall(rng: np.random.Generator, length: int) -> Row:
   num_pairs = min((length - 1) // 4, len(_LOWER))
   pairs = np.stack([rng.permutation(_LOWER)[:num_pairs], rng.choice(_UPPER, num_pairs)], axis=1)
   symbols, answers = _asked(pairs.ravel(), rng.permutation(pairs).ravel())
-  answers[2 * num_pairs + 1::2] = False  # The keys are given.
+  answers[2 * num_pairs + 1 :: 2] = False  # The keys are given.
   return symbols, answers
 
 
 TASKS: dict[str, Callable[[np.random.Generator, int], Row]] = {
-    "copy": copy, "reversal": reversal, "associative_recall": associative_recall}
+  "copy": copy,
+  "reversal": reversal,
+  "associative_recall": associative_recall,
+}
 
 SHORTEST = 5
 """The fewest symbols that hold one question of every task."""

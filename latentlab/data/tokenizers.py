@@ -5,18 +5,20 @@ byte with no estimate. Special tokens have an empty byte string and are never pr
 whatever the text says.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import pathlib
 import re
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, SupportsIndex, TypeAlias, runtime_checkable
 
 import numpy as np
 import tokenizers as hf
+
+from latentlab.data import files
 
 BOS, PAD = "<bos>", "<pad>"
 # Names under which well-known releases keep the token that starts or separates documents.
@@ -81,7 +83,7 @@ class _Tokenizer:
 
   def save(self, path: str | os.PathLike) -> None:
     """Writes a json file that `load` reads back; complete, or not there at all."""
-    write_json(path, self.to_dict())
+    files.write_json(path, self.to_dict())
 
 
 class ByteTokenizer(_Tokenizer):
@@ -125,13 +127,15 @@ class BPETokenizer(_Tokenizer):
     layout = json.loads(model.to_str())
     if layout["model"]["type"] != "BPE" or (layout["decoder"] or {}).get("type") != "ByteLevel":
       raise ValueError(
-          "data.tokenizer must be a byte-level BPE, whose tokens are exact byte strings; got "
-          f"model {layout['model']['type']!r} with decoder {layout['decoder']!r}. Train one with "
-          'data.tokenizer="bpe", or pass a file of that kind.')
+        "data.tokenizer must be a byte-level BPE, whose tokens are exact byte strings; got "
+        f"model {layout['model']['type']!r} with decoder {layout['decoder']!r}. Train one with "
+        'data.tokenizer="bpe", or pass a file of that kind.'
+      )
     if layout["normalizer"] is not None or (layout["pre_tokenizer"] or {}).get("add_prefix_space"):
       raise ValueError(
-          "data.tokenizer changes the text before encoding it (a normalizer or a prefix space), so "
-          "bits per raw byte would be wrong. Remove that step from the tokenizer's file.")
+        "data.tokenizer changes the text before encoding it (a normalizer or a prefix space), so "
+        "bits per raw byte would be wrong. Remove that step from the tokenizer's file."
+      )
     model.encode_special_tokens = True  # A "<bos>" in the text is text.
     self._model = model
     self._layout = layout
@@ -140,8 +144,10 @@ class BPETokenizer(_Tokenizer):
     self._special_ids = frozenset(names.values())
     found = [names[n] for n in _BOS_NAMES if n in names]
     if not found:
-      raise ValueError(f"data.tokenizer has no special token to start a document with: "
-                       f"{sorted(names)=}; add one of {_BOS_NAMES}.")
+      raise ValueError(
+        f"data.tokenizer has no special token to start a document with: "
+        f"{sorted(names)=}; add one of {_BOS_NAMES}."
+      )
     self.bos_id = found[0]
     self.pad_id = next((names[n] for n in _PAD_NAMES if n in names), self.bos_id)
 
@@ -150,19 +156,25 @@ class BPETokenizer(_Tokenizer):
     """Learns `vocab_size` tokens, two of them special, from `texts`."""
     smallest = 256 + 2
     if vocab_size < smallest:
-      raise ValueError(f"data.vocab_size={vocab_size} is too small for byte-level BPE; "
-                       f"it needs at least {smallest} (256 bytes, {BOS}, {PAD}).")
+      raise ValueError(
+        f"data.vocab_size={vocab_size} is too small for byte-level BPE; "
+        f"it needs at least {smallest} (256 bytes, {BOS}, {PAD})."
+      )
     model = hf.Tokenizer(hf.models.BPE())
     model.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = hf.decoders.ByteLevel()
     trainer = hf.trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[BOS, PAD], show_progress=False,
-        initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet())
+      vocab_size=vocab_size,
+      special_tokens=[BOS, PAD],
+      show_progress=False,
+      initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet(),
+    )
     model.train_from_iterator((p for text in texts for p in _pieces(text)), trainer)
     if model.get_vocab_size() < vocab_size:
       raise ValueError(
-          f"data.vocab_size={vocab_size} asks for more tokens than the corpus can teach "
-          f"({model.get_vocab_size()}); lower it, use more text, or set data.tokenizer='bytes'.")
+        f"data.vocab_size={vocab_size} asks for more tokens than the corpus can teach "
+        f"({model.get_vocab_size()}); lower it, use more text, or set data.tokenizer='bytes'."
+      )
     return cls(model)
 
   @functools.cached_property
@@ -180,8 +192,15 @@ class BPETokenizer(_Tokenizer):
   def digest(self) -> str:
     # Not the whole file: the library may write the same tokenizer differently in another version.
     model = self._layout["model"]
-    return _digest({"kind": self.kind, "vocab": model["vocab"], "merges": model["merges"],
-                    "bos_id": self.bos_id, "pad_id": self.pad_id})
+    return _digest(
+      {
+        "kind": self.kind,
+        "vocab": model["vocab"],
+        "merges": model["merges"],
+        "bos_id": self.bos_id,
+        "pad_id": self.pad_id,
+      }
+    )
 
   def encode(self, text: str) -> np.ndarray:
     encodings = self._model.encode_batch_fast(list(_pieces(text)), add_special_tokens=False)
@@ -197,39 +216,43 @@ def load(name: str | os.PathLike) -> Tokenizer:
     return ByteTokenizer()
   path = pathlib.Path(name)
   try:
-    return from_dict(json.loads(path.read_text("utf-8")))
+    layout = json.loads(path.read_text("utf-8"))
   except OSError as e:
-    raise ValueError(f"data.tokenizer={str(name)!r} cannot be read ({e.strerror}); give 'bytes', "
-                     "'bpe' or the path of a tokenizer's json file.") from e
+    raise ValueError(
+      f"data.tokenizer={str(name)!r} cannot be read ({e.strerror}); give 'bytes', "
+      "'bpe' or the path of a tokenizer's json file."
+    ) from e
   except (json.JSONDecodeError, UnicodeDecodeError) as e:
     raise ValueError(f"data.tokenizer={str(name)!r} is not json ({e}).") from e
+  return from_dict(layout, f"data.tokenizer={str(name)!r}")
 
 
-def from_dict(layout: Mapping[str, Any]) -> Tokenizer:
-  """The inverse of `Tokenizer.to_dict`."""
+def from_dict(layout: Any, origin: str = "the layout") -> Tokenizer:
+  """The inverse of `Tokenizer.to_dict`, for any json; `origin` is what errors call it."""
+  if not isinstance(layout, Mapping) or not {"kind", "model"} & layout.keys():
+    raise ValueError(
+      f"{origin} is no tokenizer; expected a file of the tokenizers library, which "
+      "has a 'model', or {'kind': 'bytes'}."
+    )
   if layout.get("kind") == ByteTokenizer.kind:
     return ByteTokenizer()
-  if "model" not in layout:
-    raise ValueError(f"not a tokenizer: {sorted(layout)=}; expected a file of the tokenizers "
-                     "library with a 'model', or {'kind': 'bytes'}.")
-  return BPETokenizer(hf.Tokenizer.from_str(json.dumps(layout)))
+  with _parsing(origin):
+    model = hf.Tokenizer.from_str(json.dumps(layout))
+  return BPETokenizer(model)
 
 
-def write_json(path: str | os.PathLike, value: Any) -> None:
-  """Writes json so that a killed process leaves the old file or the new one, never half of one."""
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = temporary_name(path)
-  try:
-    temporary.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
+class _parsing(contextlib.AbstractContextManager):
+  """Turns the bare `Exception` of the `tokenizers` library, by its exact type, into an error."""
 
+  def __init__(self, origin: str):
+    self.origin = origin
 
-def temporary_name(path: pathlib.Path) -> pathlib.Path:
-  """A name beside `path` that no other process uses, here or on a machine that shares the disk."""
-  return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+  def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
+    if kind is Exception:
+      raise ValueError(
+        f"{self.origin} cannot be read by the tokenizers library ({error}); save "
+        "the tokenizer again."
+      ) from error
 
 
 _EMPTY = np.zeros(0, np.int32)
@@ -243,7 +266,7 @@ def _pieces(text: str) -> Iterator[str]:
   """Cuts a long text where no word of the pre-tokenizer can straddle the cut."""
   begin = 0
   while cut := _SAFE_CUT.search(text, begin + _PIECE_CHARS):
-    yield text[begin:cut.start()]
+    yield text[begin : cut.start()]
     begin = cut.start()
   if begin < len(text):
     yield text[begin:]
@@ -251,7 +274,10 @@ def _pieces(text: str) -> Iterator[str]:
 
 def _alphabet() -> dict[str, int]:
   """GPT-2's printable stand-ins for bytes: a visible latin-1 byte is itself, the rest go above."""
-  visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
-             *range(ord("®"), ord("ÿ") + 1)]
+  visible = [
+    *range(ord("!"), ord("~") + 1),
+    *range(ord("¡"), ord("¬") + 1),
+    *range(ord("®"), ord("ÿ") + 1),
+  ]
   hidden = [b for b in range(256) if b not in set(visible)]
   return {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(hidden)}

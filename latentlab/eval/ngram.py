@@ -27,10 +27,10 @@ _LONGEST = 8
 
 
 def bits_per_byte(
-    train_bytes: bytes,
-    eval_bytes: bytes,
-    order: int,
-    smoothing: str = "kneser_ney",
+  train_bytes: bytes,
+  eval_bytes: bytes,
+  order: int,
+  smoothing: str = "kneser_ney",
 ) -> float:
   """Mean code length of `eval_bytes` under an n-gram counted on `train_bytes`.
 
@@ -43,8 +43,10 @@ def bits_per_byte(
   if not 1 <= order <= _LONGEST:
     raise ValueError(f"{order=} is not in [1, {_LONGEST}].")
   if len(train_bytes) < order or not eval_bytes:
-    raise ValueError(f"too little text: {len(train_bytes)=} must be at least {order=}, and "
-                     f"{len(eval_bytes)=} at least 1.")
+    raise ValueError(
+      f"too little text: {len(train_bytes)=} must be at least {order=}, and "
+      f"{len(eval_bytes)=} at least 1."
+    )
   if smoothing not in ("kneser_ney", "witten_bell"):
     raise ValueError(f"{smoothing=} is unknown; choose 'kneser_ney' or 'witten_bell'.")
   train, text = (np.frombuffer(b, np.uint8) for b in (train_bytes, eval_bytes))
@@ -56,7 +58,7 @@ def bits_per_byte(
     else:
       grams, counts = np.unique(_grams(train, n), return_counts=True)
     direct, backoff = _interpolation(grams, counts, smoothing, _grams(text, n))
-    p[n - 1:] = direct + backoff * p[n - 1:]
+    p[n - 1 :] = direct + backoff * p[n - 1 :]
   return float(-np.log2(p).mean())
 
 
@@ -102,6 +104,12 @@ class Evaluator:
     del task, compile
     if not orders or not all(1 <= n <= _LONGEST for n in orders):
       raise ValueError(f"{orders=} of an ngram evaluation must lie in [1, {_LONGEST}].")
+    if num_batches < 1 or (max_batches or 0) < 0:
+      raise ValueError(
+        f"{num_batches=} of an ngram evaluation must be at least 1, and "
+        f"{max_batches=} not negative; 0 reads all."
+      )
+    data.raw_bytes(split, 0)  # Raises where there is no such split, or no text behind it.
     self._data, self._num_batches, self._seed = data, num_batches, seed
     self._split, self._max_batches, self._orders = split, max_batches or None, tuple(orders)
     self._whole_corpus = whole_corpus
@@ -116,7 +124,7 @@ class Evaluator:
       yield f"bits_per_byte_order_{order}", bits_per_byte(seen, text, order)
     yield "bits_per_byte_zlib", zlib_bits_per_byte(text)
     if self._whole_corpus:
-      whole, order = self._data.raw_bytes("train"), max(self._orders)
+      whole, order = self._data.whole_corpus_bytes(), max(self._orders)
       yield f"bits_per_byte_whole_corpus_order_{order}", bits_per_byte(whole, text, order)
 
 
@@ -124,12 +132,12 @@ def _grams(text: np.ndarray, n: int) -> np.ndarray:
   """All byte strings of length `n`, first byte highest."""
   out = np.zeros(len(text) - n + 1, np.uint64)
   for i in range(n):
-    out = out << np.uint64(8) | text[i:len(text) - n + 1 + i]
+    out = out << np.uint64(8) | text[i : len(text) - n + 1 + i]
   return out
 
 
 def _low_bytes(n: int) -> np.uint64:
-  return np.uint64(2**(8 * n) - 1)
+  return np.uint64(2 ** (8 * n) - 1)
 
 
 def _interpolation(grams, counts, smoothing, queries) -> tuple[np.ndarray, np.ndarray]:

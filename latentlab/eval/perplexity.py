@@ -20,15 +20,15 @@ class Evaluator:
   """
 
   def __init__(
-      self,
-      task: Any,
-      data: Data,
-      compile: Callable[[Callable[..., Any]], Callable[..., Any]],
-      *,
-      split: str = "validation",
-      max_batches: int | None = None,
-      seq_length: int | None = None,
-      num_buckets: int = 4,
+    self,
+    task: Any,
+    data: Data,
+    compile: Callable[[Callable[..., Any]], Callable[..., Any]],
+    *,
+    split: str = "validation",
+    max_batches: int | None = None,
+    seq_length: int | None = None,
+    num_buckets: int = 4,
   ):
     """Checks the fields; nothing is compiled before the first run.
 
@@ -41,7 +41,17 @@ class Evaluator:
       seq_length: Tokens of a window; as in training if `None` or 0.
       num_buckets: Equal ranges of positions whose losses are reported as `position_<first>_<last>`.
     """
+    if (max_batches or 0) < 0:
+      raise ValueError(
+        f"{max_batches=} of a perplexity evaluation must not be negative; 0 reads all."
+      )
     self._batches = data.eval_batches(split, max_batches or None, seq_length or None)
+    limit = task.model.config.context_limit
+    if limit is not None and (seq_length or 0) > limit:
+      raise ValueError(
+        f"{seq_length=} of a perplexity evaluation is longer than the {limit} "
+        "positions that config.model has vectors for; shorten it."
+      )
     self._byte_lengths = np.asarray(data.tokenizer.byte_lengths, np.float32)
     self._model = task.model
     if num_buckets < 1:
@@ -73,14 +83,19 @@ class Evaluator:
   def _batch_sums(self, params: Params, batch: Mapping[str, Array]) -> dict[str, Array]:
     weights: Float[Array, "B T"] = batch["weights"]
     nll = self._model.apply(
-        {"params": params}, batch["inputs"], batch["targets"], positions=batch["positions"],
-        segment_ids=batch["segment_ids"], method="token_losses")
+      {"params": params},
+      batch["inputs"],
+      batch["targets"],
+      positions=batch["positions"],
+      segment_ids=batch["segment_ids"],
+      method="token_losses",
+    )
     bucket = batch["positions"] * self._num_buckets // weights.shape[1]
     inside = bucket == jnp.arange(self._num_buckets)[:, None, None]
     return {
-        "nll": jnp.where(inside, nll * weights, 0.0).sum((1, 2)),
-        "weight": jnp.where(inside, weights, 0.0).sum((1, 2)),
-        "bytes": (jnp.asarray(self._byte_lengths)[batch["targets"]] * weights).sum(),
+      "nll": jnp.where(inside, nll * weights, 0.0).sum((1, 2)),
+      "weight": jnp.where(inside, weights, 0.0).sum((1, 2)),
+      "bytes": (jnp.asarray(self._byte_lengths)[batch["targets"]] * weights).sum(),
     }
 
 

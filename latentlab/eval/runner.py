@@ -70,10 +70,12 @@ def build(evals: Mapping[str, Any], task: Any, data: Data, compile: Compile) -> 
     if not isinstance(every_steps, int) or every_steps < 1:
       raise ValueError(f"{where}.{every_steps=} must be a positive number of steps.")
     evaluator = EVALUATORS[kind].Evaluator
-    known = [p.name for p in inspect.signature(evaluator).parameters.values()
-             if p.kind is p.KEYWORD_ONLY]
+    known = [
+      p.name for p in inspect.signature(evaluator).parameters.values() if p.kind is p.KEYWORD_ONLY
+    ]
     if unknown := sorted(set(fields) - set(known)):
-      raise ValueError(f"{where} has unknown fields {unknown}; choose among "
-                       f"{['type', 'every_steps', *known]}.")
+      raise ValueError(
+        f"{where} has unknown fields {unknown}; choose among {['type', 'every_steps', *known]}."
+      )
     built.append(Evaluation(name, evaluator(task, data, compile, **fields), every_steps))
   return built

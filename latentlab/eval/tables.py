@@ -72,7 +72,7 @@ class Comparison:
 
 
 def compare(
-    paper: Mapping[str, float | None], ours: Mapping[str, Values], base: str
+  paper: Mapping[str, float | None], ours: Mapping[str, Values], base: str
 ) -> dict[str, Comparison]:
   """Compares every row of `ours` with its row `base`.
 
@@ -81,12 +81,14 @@ def compare(
     ours: Ours by row and seed.
     base: A row of `ours`.
   """
-  return {row: _compare(paper.get(row), paper.get(base), values, ours[base], row == base)
-          for row, values in ours.items()}
+  return {
+    row: _compare(paper.get(row), paper.get(base), values, ours[base], row == base)
+    for row, values in ours.items()
+  }
 
 
 def _compare(
-    paper: float | None, paper_base: float | None, ours: Values, our_base: Values, is_base: bool
+  paper: float | None, paper_base: float | None, ours: Values, our_base: Values, is_base: bool
 ) -> Comparison:
   mean = Estimate.of(ours.values())
   known = paper is not None and paper_base is not None
@@ -109,15 +111,32 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def markdown(
-    comparisons: Mapping[str, Comparison], about: Mapping[str, str], paper_name: str, our_name: str
+  comparisons: Mapping[str, Comparison], about: Mapping[str, str], paper_name: str, our_name: str
 ) -> str:
   """The comparison as a Markdown table, and a sentence that counts the verdicts."""
   table = markdown_table(
-      ("row", f"paper: {paper_name}", "ratio", f"ours: {our_name}", "ratio", "difference",
-       "direction"),
-      ((f"`{row}`: {about[row]}" if about.get(row) else f"`{row}`", _number(c.paper, "g"),
-        _number(c.paper_ratio), _number(c.ours), _number(c.ratio), _number(c.difference, "+.3f"),
-        c.verdict) for row, c in comparisons.items()))
+    (
+      "row",
+      f"paper: {paper_name}",
+      "ratio",
+      f"ours: {our_name}",
+      "ratio",
+      "difference",
+      "direction",
+    ),
+    (
+      (
+        f"`{row}`: {about[row]}" if about.get(row) else f"`{row}`",
+        _number(c.paper, "g"),
+        _number(c.paper_ratio),
+        _number(c.ours),
+        _number(c.ratio),
+        _number(c.difference, "+.3f"),
+        c.verdict,
+      )
+      for row, c in comparisons.items()
+    ),
+  )
   return f"{table}\n{verdicts(comparisons)}\n"
 
 
@@ -126,8 +145,10 @@ def verdicts(comparisons: Mapping[str, Comparison]) -> str:
   rows = {v: [f"`{r}`" for r, c in comparisons.items() if c.verdict == v] for v in VERDICTS}
   total = sum(map(len, rows.values()))
   listed = "; ".join(f"{v}: {', '.join(names)}" for v, names in rows.items() if names)
-  return (f"{len(rows[VERDICTS[0]])} of {total} directions reproduce with an interval free of zero"
-          f"{f' ({listed})' if listed else ''}.")
+  return (
+    f"{len(rows[VERDICTS[0]])} of {total} directions reproduce with an interval free of zero"
+    f"{f' ({listed})' if listed else ''}."
+  )
 
 
 def _number(x: Estimate | float | None, spec: str = ".3f") -> str:
@@ -137,7 +158,7 @@ def _number(x: Estimate | float | None, spec: str = ".3f") -> str:
 
 
 def plot(
-    path: pathlib.Path, comparisons: Mapping[str, Comparison], title: str, names: Sequence[str]
+  path: pathlib.Path, comparisons: Mapping[str, Comparison], title: str, names: Sequence[str]
 ) -> None:
   """Draws ratios to the base row: ours with intervals, beside the paper's.
 

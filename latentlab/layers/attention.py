@@ -47,9 +47,7 @@ class AttentionConfig:
     return Attention(config=self, shared=shared, name=name)
 
   def init_cache(self, batch_size: int, max_length: int, dtype: DTypeLike) -> KVCache:
-    return KVCache.empty(
-      batch_size, max_length, self.kv_heads, self.head_dim, self.head_dim, dtype
-    )
+    return KVCache.empty(batch_size, max_length, self.kv_heads, self.head_dim, self.head_dim, dtype)
 
   def flops_per_token(self, embed_dim: int, seq_length: int) -> float:
     """Forward matmul flops; a causal query sees half of the keys on average."""
@@ -97,9 +95,16 @@ class Attention(nn.Module):
       k, v = cache.k.astype(q.dtype), cache.v.astype(q.dtype)
       keys = dict(kv_positions=cache.positions, kv_valid=cache.valid)
     out = ops.attention(
-      q, k, v, mask=c.mask, positions=context.positions, segment_ids=context.segment_ids,
-      allowed=context.allowed, key_bias=context.key_bias,
-      slopes=ops.alibi_slopes(c.num_heads) if c.positions.kind == "alibi" else None, **keys,
+      q,
+      k,
+      v,
+      mask=c.mask,
+      positions=context.positions,
+      segment_ids=context.segment_ids,
+      allowed=context.allowed,
+      key_bias=context.key_bias,
+      slopes=ops.alibi_slopes(c.num_heads) if c.positions.kind == "alibi" else None,
+      **keys,
     )
     if cache is not None:
       # Shapes cannot say that a row is full, and a token dropped in silence would go unnoticed.

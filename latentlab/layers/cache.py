@@ -3,7 +3,7 @@
 Every cache is a pytree whose leaves carry the batch on the axis that `batch_axis` names, whatever
 axes a stack of layers puts in front, so that beam, tree and group decoding can select rows without
 knowing what a layer remembers. Recurrent states are float32 whatever the model's dtype: a bfloat16
-state costs up to 4 % after 2,048 tokens (RetNet sheet, section 4).
+state costs up to 4 % after 2,048 tokens.
 """
 
 import dataclasses
@@ -74,7 +74,12 @@ class KVCache(Cache):
 
   @classmethod
   def empty(
-    cls, batch_size: int, max_length: int, num_kv_heads: int, head_dim: int, value_head_dim: int,
+    cls,
+    batch_size: int,
+    max_length: int,
+    num_kv_heads: int,
+    head_dim: int,
+    value_head_dim: int,
     dtype: DTypeLike,
   ) -> "KVCache":
     """A cache of `max_length` slots and no token."""

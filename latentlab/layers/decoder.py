@@ -272,9 +272,7 @@ class Decoder(nn.Module):
       if cache is not None:
         positions = positions + cache.lengths[:, None]
     context = Context(positions, segment_ids, lengths, allowed, key_bias)
-    shared = Shared(
-      c.embed_dim, c.dtype, c.initializers, c.norm_eps, c.dropout_rate, deterministic
-    )
+    shared = Shared(c.embed_dim, c.dtype, c.initializers, c.norm_eps, c.dropout_rate, deterministic)
     x = nn.Dropout(c.dropout_rate, deterministic=deterministic)(x)
 
     stages, first_layer = [], 0

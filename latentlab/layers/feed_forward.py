@@ -59,12 +59,18 @@ class FeedForward(nn.Module):
     hidden = act(self._dense("gate_proj")(x)) * hidden if self.config.gated else act(hidden)
     hidden = nn.with_logical_constraint(hidden, ("act_batch", "act_length", "act_mlp"))
     return Projection(
-      (x.shape[-1],), ("mlp", "embed"), self.shared.init.mlp_out, self.shared.dtype,
+      (x.shape[-1],),
+      ("mlp", "embed"),
+      self.shared.init.mlp_out,
+      self.shared.dtype,
       name="out_proj",
     )(hidden)
 
   def _dense(self, name):
     return Projection(
-      (self.config.mlp_dim,), ("embed", "mlp"), self.shared.init.mlp_in, self.shared.dtype,
+      (self.config.mlp_dim,),
+      ("embed", "mlp"),
+      self.shared.init.mlp_in,
+      self.shared.dtype,
       name=name,
     )

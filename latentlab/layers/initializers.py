@@ -1,7 +1,8 @@
 """Initialisers: one table of choices, each of which names an initialiser per role of a kernel.
 
-`retnet` is the scheme of the original release (RetNet sheet, section 8: Xavier-uniform with the
-gains of the DeepNet principle built in, feed-forward as in a default torch linear layer).
+`retnet` is the scheme of the original release (torchscale's `multiscale_retention.py`): Xavier-
+uniform with the gains of the DeepNet principle built in, feed-forward as in a default torch linear
+layer.
 """
 
 import dataclasses

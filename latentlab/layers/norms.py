@@ -28,8 +28,8 @@ def residual_norm(kind: str, shared: Shared, *, name: str) -> nn.Module:
 class HeadNorm(nn.Module):
   """Normalises each token's head over its own features only, in float32.
 
-  A stock group norm over `B T features` reduces over time too, which leaks the future (RetNet
-  sheet, section 3.4); here the last axis of `B T N V` is all that is seen.
+  A stock group norm over `B T features` reduces over time too, which leaks the future; here the
+  last axis of `B T N V` is all that is seen.
 
   Attributes:
     kind: `rms` (no mean, as the original release), `group` (mean and variance, as the paper).

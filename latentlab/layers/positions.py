@@ -66,7 +66,10 @@ class PositionConfig:
       return tuple(ops.apply_rope(x, positions, **options) for x in (q, k))
     if self.kind == "xpos":
       options = dict(
-        base=self.base, layout=self.layout, gamma=self.gamma, scale_base=self.scale_base,
+        base=self.base,
+        layout=self.layout,
+        gamma=self.gamma,
+        scale_base=self.scale_base,
         center=self.center,
       )
       return (

@@ -57,7 +57,9 @@ class RetentionConfig:
 
   def __post_init__(self):
     for field, choices in (
-      ("decay", DECAYS), ("head_norm", HEAD_NORMS), ("normalization", NORMALIZATIONS)
+      ("decay", DECAYS),
+      ("head_norm", HEAD_NORMS),
+      ("normalization", NORMALIZATIONS),
     ):
       if getattr(self, field) not in choices:
         raise ValueError(f"unknown {field}={getattr(self, field)!r}; choose one of {choices}")
@@ -139,8 +141,15 @@ class MultiScaleRetention(nn.Module):
       out, state = ops.retention_step(q[:, 0], k[:, 0], v[:, 0], c.log_decay, state)
       return out[:, None], state
     return ops.retention(
-      q, k, v, c.log_decay, initial_state=state, lengths=context.lengths,
-      segment_ids=context.segment_ids, chunk_size=c.chunk_size, implementation=c.implementation,
+      q,
+      k,
+      v,
+      c.log_decay,
+      initial_state=state,
+      lengths=context.lengths,
+      segment_ids=context.segment_ids,
+      chunk_size=c.chunk_size,
+      implementation=c.implementation,
       spec=mesh_spec("act_batch", "act_length", "act_heads", None),
     )
 

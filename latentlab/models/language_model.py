@@ -109,7 +109,13 @@ class LanguageModel(nn.Module):
   ) -> Output:
     """Hidden vectors and logits of every token; arguments as in `hidden`."""
     hidden, cache = self.hidden(
-      tokens, positions, segment_ids, lengths, cache, allowed=allowed, key_bias=key_bias,
+      tokens,
+      positions,
+      segment_ids,
+      lengths,
+      cache,
+      allowed=allowed,
+      key_bias=key_bias,
       deterministic=deterministic,
     )
     return Output(hidden=hidden, logits=self.logits(hidden), cache=cache)
@@ -144,7 +150,13 @@ class LanguageModel(nn.Module):
         positions = positions + cache.lengths[:, None]
     x = self.embedder(tokens, positions)
     return self.decoder(
-      x, positions, segment_ids, cache, lengths=lengths, allowed=allowed, key_bias=key_bias,
+      x,
+      positions,
+      segment_ids,
+      cache,
+      lengths=lengths,
+      allowed=allowed,
+      key_bias=key_bias,
       deterministic=deterministic,
     )
 
@@ -281,9 +293,7 @@ def prefill(
     # Attend over the prompt's own slots, not over the room that generation will need.
     cache = init_cache(model.config, batch_size, num_tokens)
   variables = {"params": params}
-  hidden, cache = model.apply(
-    variables, tokens, lengths=lengths, cache=cache, method="hidden"
-  )
+  hidden, cache = model.apply(variables, tokens, lengths=lengths, cache=cache, method="hidden")
   last = jnp.full((batch_size,), num_tokens) if lengths is None else lengths
   hidden = jnp.take_along_axis(hidden, last[:, None, None] - 1, axis=1)[:, 0]
   logits = model.apply(variables, hidden, method="logits")

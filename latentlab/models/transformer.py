@@ -67,8 +67,10 @@ def transformer(
       raise ValueError(f"{embed_dim=} is no multiple of {num_heads=}; give head_dim")
     head_dim = embed_dim // num_heads
   if mask == "full":
-    raise ValueError("mask='full' shows a language model the tokens that it has to predict; choose "
-                     "'causal', 'sliding_window' or 'blockwise_causal'")
+    raise ValueError(
+      "mask='full' shows a language model the tokens that it has to predict; choose "
+      "'causal', 'sliding_window' or 'blockwise_causal'"
+    )
   on_embedding, in_mixer = split_scheme(positions)
   mixer = AttentionConfig(
     num_heads=num_heads,

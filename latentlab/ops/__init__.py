@@ -3,27 +3,27 @@
 from latentlab.ops.attention import Mask, attention, segment_bias, tree_mask
 from latentlab.ops.losses import cross_entropy
 from latentlab.ops.positions import (
-    alibi_slopes,
-    apply_rope,
-    apply_xpos,
-    rope_frequencies,
-    sinusoidal,
+  alibi_slopes,
+  apply_rope,
+  apply_xpos,
+  rope_frequencies,
+  sinusoidal,
 )
 from latentlab.ops.retention import decay_scale, log_decay_rates, retention, retention_step
 
 __all__ = [
-    "Mask",
-    "alibi_slopes",
-    "apply_rope",
-    "apply_xpos",
-    "attention",
-    "cross_entropy",
-    "decay_scale",
-    "log_decay_rates",
-    "retention",
-    "retention_step",
-    "rope_frequencies",
-    "segment_bias",
-    "sinusoidal",
-    "tree_mask",
+  "Mask",
+  "alibi_slopes",
+  "apply_rope",
+  "apply_xpos",
+  "attention",
+  "cross_entropy",
+  "decay_scale",
+  "log_decay_rates",
+  "retention",
+  "retention_step",
+  "rope_frequencies",
+  "segment_bias",
+  "sinusoidal",
+  "tree_mask",
 ]

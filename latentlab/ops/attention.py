@@ -35,8 +35,9 @@ class Mask:
   def __post_init__(self):
     sized = self.kind in ("sliding_window", "blockwise_causal")
     if not sized and self.kind not in ("full", "causal"):
-      raise ValueError(f"kind={self.kind!r} must be 'full', 'causal', 'sliding_window' or "
-                       "'blockwise_causal'.")
+      raise ValueError(
+        f"kind={self.kind!r} must be 'full', 'causal', 'sliding_window' or 'blockwise_causal'."
+      )
     if sized and (self.size is None or self.size < 1):
       raise ValueError(f"size={self.size} of a {self.kind} mask must be at least 1.")
     if not sized and self.size is not None:
@@ -55,20 +56,20 @@ class Mask:
 
 
 def attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K V"],
-    *,
-    mask: Mask = Mask("causal"),  # noqa: B008 (frozen)
-    positions: Int[Array, "#B T"] | None = None,
-    kv_positions: Int[Array, "#B S"] | None = None,
-    segment_ids: Int[Array, "B T"] | None = None,
-    kv_segment_ids: Int[Array, "B S"] | None = None,
-    kv_valid: Bool[Array, "B S"] | None = None,
-    allowed: Bool[Array, "#B T S"] | None = None,
-    key_bias: Float[Array, "#B S"] | None = None,
-    slopes: Float[Array, "N"] | None = None,
-    return_lse: bool = False,
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B S K H"],
+  v: Float[Array, "B S K V"],
+  *,
+  mask: Mask = Mask("causal"),  # noqa: B008 (frozen)
+  positions: Int[Array, "#B T"] | None = None,
+  kv_positions: Int[Array, "#B S"] | None = None,
+  segment_ids: Int[Array, "B T"] | None = None,
+  kv_segment_ids: Int[Array, "B S"] | None = None,
+  kv_valid: Bool[Array, "B S"] | None = None,
+  allowed: Bool[Array, "#B T S"] | None = None,
+  key_bias: Float[Array, "#B S"] | None = None,
+  slopes: Float[Array, "N"] | None = None,
+  return_lse: bool = False,
 ) -> Float[Array, "B T N V"] | tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
   """Softmax attention, `softmax(q k^T + bias) v`, with float32 scores and statistics.
 
@@ -102,7 +103,7 @@ def attention(
   kv_positions = jnp.arange(kv_length)[None] if kv_positions is None else kv_positions
   distance = positions[:, :, None] - kv_positions[:, None, :]
 
-  visible = mask(positions[:, :, None], kv_positions[:, None, :])                         # B T S
+  visible = mask(positions[:, :, None], kv_positions[:, None, :])  # B T S
   if segment_ids is not None:
     visible &= segment_ids[:, :, None] == kv_segment_ids[:, None, :]
   if kv_valid is not None:
@@ -115,7 +116,7 @@ def attention(
 
   # Heads before length: plain batched products, and rows of scores that lie together in memory.
   dtype = jnp.promote_types(q.dtype, jnp.float32)
-  q = q.reshape(batch, length, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)       # B K G T H
+  q = q.reshape(batch, length, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)  # B K G T H
   k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
   scores = jnp.einsum("BKGTH,BKSH->BKGTS", q, k, preferred_element_type=dtype)
   if key_bias is not None:
@@ -149,7 +150,7 @@ def tree_mask(parents: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
 
 
 def segment_bias(
-    values: Float[Array, "#B G"], kv_segment_ids: Int[Array, "B S"]
+  values: Float[Array, "#B G"], kv_segment_ids: Int[Array, "B S"]
 ) -> Float[Array, "B S"]:
   """Spreads one bias per segment over its keys; ids outside `0 ... G - 1` get none."""
   known = (kv_segment_ids >= 0) & (kv_segment_ids < values.shape[1])

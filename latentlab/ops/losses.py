@@ -10,11 +10,11 @@ from pallas_kernels.common import vary_alike
 
 
 def cross_entropy(
-    hidden: Float[Array, "B T D"],
-    kernel: Float[Array, "D vocab"],
-    targets: Int[Array, "B T"],
-    *,
-    chunk_size: int | None = None,
+  hidden: Float[Array, "B T D"],
+  kernel: Float[Array, "D vocab"],
+  targets: Int[Array, "B T"],
+  *,
+  chunk_size: int | None = None,
 ) -> Float[Array, "B T"]:
   """Negative log-likelihood of `targets` under `softmax(hidden @ kernel)`, in nats.
 
@@ -35,8 +35,12 @@ def cross_entropy(
 
 
 def _logits(hidden, kernel):
-  return jnp.einsum("BTD,Dv->BTv", hidden, kernel.astype(hidden.dtype),
-                    preferred_element_type=jnp.promote_types(hidden.dtype, jnp.float32))
+  return jnp.einsum(
+    "BTD,Dv->BTv",
+    hidden,
+    kernel.astype(hidden.dtype),
+    preferred_element_type=jnp.promote_types(hidden.dtype, jnp.float32),
+  )
 
 
 def _is_target(logits, targets):
@@ -65,8 +69,9 @@ def _whole_bwd(residuals, grad):
 
 def _grads(hidden, kernel, targets, probs, grad):
   grad = ((probs - _is_target(probs, targets)) * grad[..., None]).astype(hidden.dtype)
-  d_hidden = jnp.einsum("BTv,Dv->BTD", grad, kernel.astype(hidden.dtype),
-                        preferred_element_type=probs.dtype)
+  d_hidden = jnp.einsum(
+    "BTv,Dv->BTD", grad, kernel.astype(hidden.dtype), preferred_element_type=probs.dtype
+  )
   d_kernel = jnp.einsum("BTD,BTv->Dv", hidden, grad, preferred_element_type=probs.dtype)
   return d_hidden.astype(hidden.dtype), d_kernel.astype(kernel.dtype)
 

@@ -34,12 +34,12 @@ def rope_frequencies(head_dim: int, base: float = 10000.0, grid: Grid = "rope") 
 
 
 def apply_rope(
-    x: Float[Array, "B T N H"],
-    positions: Int[Array, "#B T"],
-    *,
-    base: float = 10000.0,
-    grid: Grid = "rope",
-    layout: Layout = "interleaved",
+  x: Float[Array, "B T N H"],
+  positions: Int[Array, "#B T"],
+  *,
+  base: float = 10000.0,
+  grid: Grid = "rope",
+  layout: Layout = "interleaved",
 ) -> Float[Array, "B T N H"]:
   """Rotates each feature pair of a query or key by its position; the same map serves both.
 
@@ -55,15 +55,15 @@ def apply_rope(
 
 
 def apply_xpos(
-    x: Float[Array, "B T N H"],
-    positions: Int[Array, "#B T"],
-    *,
-    role: Literal["query", "key"],
-    base: float | None = 10000.0,
-    layout: Layout = "interleaved",
-    gamma: float = 0.4,
-    scale_base: float = 512,
-    center: int | Int[Array, "#B #T"] = 0,
+  x: Float[Array, "B T N H"],
+  positions: Int[Array, "#B T"],
+  *,
+  role: Literal["query", "key"],
+  base: float | None = 10000.0,
+  layout: Layout = "interleaved",
+  gamma: float = 0.4,
+  scale_base: float = 512,
+  center: int | Int[Array, "#B #T"] = 0,
 ) -> Float[Array, "B T N H"]:
   """Rotates as RoPE does, and scales so that the score of a pair decays with its distance.
 
@@ -103,6 +103,7 @@ def alibi_slopes(num_heads: int) -> Float[Array, "N"]:
   A head count that is no power of two takes the slopes of the power below it, then every other one
   of the power above.
   """
+
   def powers(n):
     return 2.0 ** (-8 * np.arange(1, n + 1) / n)
 
@@ -111,8 +112,9 @@ def alibi_slopes(num_heads: int) -> Float[Array, "N"]:
   return jnp.asarray(slopes, jnp.float32)
 
 
-def _angles(positions: Int[Array, "B T"], frequencies: np.ndarray, dtype: DTypeLike
-            ) -> Float[Array, "B T pairs"]:
+def _angles(
+  positions: Int[Array, "B T"], frequencies: np.ndarray, dtype: DTypeLike
+) -> Float[Array, "B T pairs"]:
   """`positions * frequencies` modulo a turn, to float32's rounding at every position.
 
   A float32 product is off by 6e-5 radians at position 1000 and by 3e-2 at a million. Counting in
@@ -128,10 +130,10 @@ def _angles(positions: Int[Array, "B T"], frequencies: np.ndarray, dtype: DTypeL
 
 
 def _rotate(
-    x: Float[Array, "B T N H"],
-    cos: Float[Array, "#B T pairs"],
-    sin: Float[Array, "#B T pairs"],
-    layout: Layout,
+  x: Float[Array, "B T N H"],
+  cos: Float[Array, "#B T pairs"],
+  sin: Float[Array, "#B T pairs"],
+  layout: Layout,
 ) -> Float[Array, "B T N H"]:
   if layout not in ("interleaved", "half"):
     raise ValueError(f"{layout=} must be 'interleaved' or 'half'.")

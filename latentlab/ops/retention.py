@@ -23,17 +23,17 @@ __all__ = ["decay_scale", "log_decay_rates", "retention", "retention_step"]
 
 
 def retention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K V"],
-    log_decay: Float[Array, "N"] | Float[Array, "B T N"],
-    *,
-    initial_state: Float[Array, "B N H V"] | None = None,
-    lengths: Int[Array, "B"] | None = None,
-    segment_ids: Int[Array, "B T"] | None = None,
-    chunk_size: int | None = None,
-    implementation: Implementation | Sequence[Implementation] | None = None,
-    spec: PartitionSpec | None = None,
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B T K H"],
+  v: Float[Array, "B T K V"],
+  log_decay: Float[Array, "N"] | Float[Array, "B T N"],
+  *,
+  initial_state: Float[Array, "B N H V"] | None = None,
+  lengths: Int[Array, "B"] | None = None,
+  segment_ids: Int[Array, "B T"] | None = None,
+  chunk_size: int | None = None,
+  implementation: Implementation | Sequence[Implementation] | None = None,
+  spec: PartitionSpec | None = None,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B N H V"]]:
   """`pallas_kernels.retention.retention`, which see, run on each device's part of the arrays.
 
@@ -61,25 +61,49 @@ def retention(
   options = dict(chunk_size=chunk_size, implementation=implementation)
   batch_axes, length_axes, head_axes = axes = _axes_to_map(spec)
   if not any(axes):
-    return kernel.retention(q, k, v, log_decay, initial_state=initial_state, lengths=lengths,
-                            segment_ids=segment_ids, **options)
-  for name, size, names in (("B", q.shape[0], batch_axes), ("T", q.shape[1], length_axes),
-                            ("N", q.shape[2], head_axes), ("K", k.shape[2], head_axes)):
+    return kernel.retention(
+      q,
+      k,
+      v,
+      log_decay,
+      initial_state=initial_state,
+      lengths=lengths,
+      segment_ids=segment_ids,
+      **options,
+    )
+  for name, size, names in (
+    ("B", q.shape[0], batch_axes),
+    ("T", q.shape[1], length_axes),
+    ("N", q.shape[2], head_axes),
+    ("K", k.shape[2], head_axes),
+  ):
     devices = _axes_size(names)
     if size % devices:
-      raise ValueError(f"{name}={size} does not divide over the {devices} devices of mesh axes "
-                       f"{names}; change the size, the mesh, or the spec.")
+      raise ValueError(
+        f"{name}={size} does not divide over the {devices} devices of mesh axes "
+        f"{names}; change the size, the mesh, or the spec."
+      )
 
   b, t, n = (names or None for names in axes)
   tokens = PartitionSpec(b, t, n, None)
   specs = {
-      "q": tokens, "k": tokens, "v": tokens,
-      "log_decay": PartitionSpec(n) if log_decay.ndim == 1 else PartitionSpec(b, t, n),
-      "initial_state": PartitionSpec(b, n, None, None),
-      "lengths": PartitionSpec(b), "segment_ids": PartitionSpec(b, t),
+    "q": tokens,
+    "k": tokens,
+    "v": tokens,
+    "log_decay": PartitionSpec(n) if log_decay.ndim == 1 else PartitionSpec(b, t, n),
+    "initial_state": PartitionSpec(b, n, None, None),
+    "lengths": PartitionSpec(b),
+    "segment_ids": PartitionSpec(b, t),
   }
-  args = dict(q=q, k=k, v=v, log_decay=log_decay, initial_state=initial_state, lengths=lengths,
-              segment_ids=segment_ids)
+  args = dict(
+    q=q,
+    k=k,
+    v=v,
+    log_decay=log_decay,
+    initial_state=initial_state,
+    lengths=lengths,
+    segment_ids=segment_ids,
+  )
   args = {name: x for name, x in args.items() if x is not None}
 
   def local(args):
@@ -88,9 +112,10 @@ def retention(
     return kernel.retention(**args, **options)
 
   return jax.shard_map(
-      local, in_specs=({name: specs[name] for name in args},),
-      out_specs=(tokens, specs["initial_state"]),
-      axis_names={name for names in axes for name in names},
+    local,
+    in_specs=({name: specs[name] for name in args},),
+    out_specs=(tokens, specs["initial_state"]),
+    axis_names={name for names in axes for name in names},
   )(args)
 
 
@@ -106,11 +131,12 @@ def _axes_to_map(spec: PartitionSpec | None) -> tuple[tuple[str, ...], ...]:
   if unknown := {name for names in entries for name in names} - set(mesh.axis_names):
     raise ValueError(f"{spec=} names {sorted(unknown)}; the mesh has {mesh.axis_names}.")
   if list(entries[1]) != sorted(entries[1], key=mesh.axis_names.index):  # As ppermute demands.
-    raise ValueError(f"{spec=} must name the sequence's axes in the mesh's order, "
-                     f"{mesh.axis_names}.")
+    raise ValueError(
+      f"{spec=} must name the sequence's axes in the mesh's order, {mesh.axis_names}."
+    )
   return tuple(
-      tuple(a for a in names if a not in mesh.manual_axes and mesh.shape[a] > 1)
-      for names in entries[:3]
+    tuple(a for a in names if a not in mesh.manual_axes and mesh.shape[a] > 1)
+    for names in entries[:3]
   )
 
 
@@ -176,9 +202,9 @@ def _sequence_sharded(args, axes, options):
 
 
 def log_decay_rates(
-    num_heads: int,
-    kind: Literal["pow2", "linspace", "one", "const"] = "pow2",
-    value: float | None = None,
+  num_heads: int,
+  kind: Literal["pow2", "linspace", "one", "const"] = "pow2",
+  value: float | None = None,
 ) -> Float[Array, "N"]:
   """Fixed `log gamma` per head, rounded once: float32's `1 - 2^-25` is 1.
 
@@ -206,7 +232,7 @@ def log_decay_rates(
 
 
 def decay_scale(
-    positions: Int[Array, "B T"], log_decay: Float[Array, "N"]
+  positions: Int[Array, "B T"], log_decay: Float[Array, "N"]
 ) -> Float[Array, "B T N"]:
   """`s_n = sqrt(sum_{m <= n} gamma^(n - m))`, the norm of a row of decays (section 2.2)."""
   count = (positions + 1)[..., None].astype(jnp.float32)

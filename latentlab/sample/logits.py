@@ -197,12 +197,15 @@ class TokenAutomaton(Filter):
     if t.ndim != 2 or not np.issubdtype(t.dtype, np.integer) or not t.size:
       raise ValueError(f"transitions must be ints of [states, vocab], got {t.shape=}, {t.dtype=}")
     if t.min() < -1 or t.max() >= len(t):
-      raise ValueError(f"transitions lead from {t.min()} to {t.max()}; states are 0..{len(t) - 1}, "
-                       "and -1 forbids")
+      raise ValueError(
+        f"transitions lead from {t.min()} to {t.max()}; states are 0..{len(t) - 1}, and -1 forbids"
+      )
     dead = np.flatnonzero((t < 0).all(axis=1))
     if dead.size:
-      raise ValueError(f"states {dead[:8].tolist()} allow no token, and a row in one could not go "
-                       "on; let an accepting state read a stop token and stay")
+      raise ValueError(
+        f"states {dead[:8].tolist()} allow no token, and a row in one could not go "
+        "on; let an accepting state read a stop token and stay"
+      )
 
   def init(self, prompts, lengths):
     del lengths
@@ -230,8 +233,10 @@ class TokenSampler(struct.PyTreeNode):
     truncating = None
     for f in self.filters if isinstance(self.filters, tuple) else ():
       if getattr(f, "forbids", False) and truncating:
-        raise ValueError(f"{type(f).__name__} stands behind {truncating} in filters and could "
-                         "forbid all that is left; put it in front")
+        raise ValueError(
+          f"{type(f).__name__} stands behind {truncating} in filters and could "
+          "forbid all that is left; put it in front"
+        )
       truncating = type(f).__name__ if getattr(f, "truncates", False) else truncating
 
   def init(self, prompts: Int[Array, "B T"], lengths: Int[Array, " B"]) -> tuple[Any, ...]:

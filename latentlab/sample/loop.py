@@ -131,8 +131,12 @@ def begin(
   """
   features, cache = stepper.prefill(prompts, lengths, capacity)
   carry = Carry(
-    features=features, cache=cache, row_state=sampler.init(prompts, lengths), keys=keys,
-    num_drawn=jnp.int32(0), budget=jnp.asarray(budget, jnp.int32),
+    features=features,
+    cache=cache,
+    row_state=sampler.init(prompts, lengths),
+    keys=keys,
+    num_drawn=jnp.int32(0),
+    budget=jnp.asarray(budget, jnp.int32),
     finished=jnp.zeros(keys.shape, bool),
   )
   return _fill(stepper, sampler, carry, num_items)
@@ -184,9 +188,11 @@ def generate(
     ValueError: a prompt is empty, or prompt and continuation exceed the model's context.
   """
   stepper, arrays, capacity = _prepare(
-    model, params, prompts, lengths, key, max_new_tokens, stop_tokens, pad_id)
+    model, params, prompts, lengths, key, max_new_tokens, stop_tokens, pad_id
+  )
   generated, _ = begin(
-    stepper, sampler, *arrays, max_new_tokens, capacity=capacity, num_items=max_new_tokens)
+    stepper, sampler, *arrays, max_new_tokens, capacity=capacity, num_items=max_new_tokens
+  )
   return generated
 
 
@@ -211,9 +217,11 @@ def stream(
   if block_size < 1:
     raise ValueError(f"{block_size=} must be at least 1")
   stepper, arrays, capacity = _prepare(
-    model, params, prompts, lengths, key, max_new_tokens, stop_tokens, pad_id)
+    model, params, prompts, lengths, key, max_new_tokens, stop_tokens, pad_id
+  )
   begins = functools.partial(
-    begin, stepper, sampler, *arrays, max_new_tokens, capacity=capacity, num_items=block_size)
+    begin, stepper, sampler, *arrays, max_new_tokens, capacity=capacity, num_items=block_size
+  )
   advances = functools.partial(advance, stepper, sampler, num_items=block_size)
   return _blocks(begins, advances, max_new_tokens, block_size)
 
@@ -228,7 +236,8 @@ def _blocks(begins, advances, max_new_tokens: int, block_size: int) -> Iterator[
     block, carry = advances(carry)
   cut = (slice(None), slice(max_new_tokens))
   yield block.replace(
-    tokens=jax.tree.map(lambda x: x[cut], block.tokens), log_probs=block.log_probs[cut])
+    tokens=jax.tree.map(lambda x: x[cut], block.tokens), log_probs=block.log_probs[cut]
+  )
 
 
 def _fill(
@@ -261,13 +270,17 @@ def _fill(
     )
     features, cache = stepper.step(item, carry.cache)
     carry = carry.replace(
-      features=features, cache=cache, row_state=row_state, num_drawn=carry.num_drawn + 1,
-      finished=carry.finished | (live & stepper.ends(item)))
+      features=features,
+      cache=cache,
+      row_state=row_state,
+      num_drawn=carry.num_drawn + 1,
+      finished=carry.finished | (live & stepper.ends(item)),
+    )
     return i + 1, carry, block
 
   item = jax.eval_shape(draw, carry)[0].item
   empty = lambda x, pad: jnp.full((x.shape[0], num_items, *x.shape[1:]), pad, x.dtype)
-  batch_size, = carry.finished.shape
+  (batch_size,) = carry.finished.shape
   block = Generated(
     tokens=jax.tree.map(empty, item, jax.tree.broadcast(stepper.pad, item)),
     lengths=jnp.zeros(batch_size, jnp.int32),
@@ -287,8 +300,14 @@ def _select(live: Bool[Array, " B"], item: Item, pad: Item) -> Item:
 
 
 def _prepare(
-  model: LanguageModel, params: Params, prompts, lengths, key, max_new_tokens: int,
-  stop_tokens: tuple[int, ...], pad_id: int,
+  model: LanguageModel,
+  params: Params,
+  prompts,
+  lengths,
+  key,
+  max_new_tokens: int,
+  stop_tokens: tuple[int, ...],
+  pad_id: int,
 ) -> tuple[TokenStepper, tuple[Array, Array, Array], int]:
   """Checks what a user can get wrong, before anything is compiled."""
   prompts = np.asarray(prompts, np.int32)
@@ -300,20 +319,25 @@ def _prepare(
   if lengths.shape != (batch_size,):
     raise ValueError(f"{lengths.shape=} must be one length per row of {prompts.shape=}")
   if not batch_size or lengths.min() < 1:
-    raise ValueError(f"rows {np.flatnonzero(lengths < 1).tolist()} of {prompts.shape=} have no "
-                     "token to continue; begin every prompt with the tokenizer's bos_id")
+    raise ValueError(
+      f"rows {np.flatnonzero(lengths < 1).tolist()} of {prompts.shape=} have no "
+      "token to continue; begin every prompt with the tokenizer's bos_id"
+    )
   if lengths.max() > width:
     raise ValueError(f"lengths.max()={lengths.max()} exceeds the width of {prompts.shape=}")
   vocab_size, limit = model.config.vocab_size, model.config.context_limit
   valid = prompts[np.arange(width) < lengths[:, None]]
   if valid.min() < 0 or valid.max() >= vocab_size:
-    raise ValueError(f"prompts hold tokens from {valid.min()} to {valid.max()}, beyond the model's "
-                     f"{vocab_size=}; use the tokenizer that it was trained with")
+    raise ValueError(
+      f"prompts hold tokens from {valid.min()} to {valid.max()}, beyond the model's "
+      f"{vocab_size=}; use the tokenizer that it was trained with"
+    )
   if limit is not None and lengths.max() + max_new_tokens > limit:
     raise ValueError(
       f"a prompt of {lengths.max()} tokens and {max_new_tokens=} exceed the model's context of "
       f"{limit} ({model.config.positions} positions); shorten the prompt, or ask for at most "
-      f"{max(limit - int(lengths.max()), 0)} new tokens")
+      f"{max(limit - int(lengths.max()), 0)} new tokens"
+    )
   if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
     raise ValueError(f"{key=} must be a typed key; make it by jax.random.key(seed)")
   keys = row_keys(key, np.arange(batch_size)) if key.ndim == 0 else key

@@ -70,9 +70,16 @@ def stream_text(
   special = np.flatnonzero(tokenizer.byte_lengths == 0)
   ban = LogitBias.ban(special[special != tokenizer.bos_id], tokenizer.vocab_size)
   blocks = stream(
-    model, params, tokens, lengths, sampler=sampler.replace(filters=(ban, *sampler.filters)),
-    key=key, max_new_tokens=max_new_tokens, block_size=min(block_size, max_new_tokens),
-    stop_tokens=(tokenizer.bos_id,), pad_id=tokenizer.pad_id,
+    model,
+    params,
+    tokens,
+    lengths,
+    sampler=sampler.replace(filters=(ban, *sampler.filters)),
+    key=key,
+    max_new_tokens=max_new_tokens,
+    block_size=min(block_size, max_new_tokens),
+    stop_tokens=(tokenizer.bos_id,),
+    pad_id=tokenizer.pad_id,
   )
   return _pieces(blocks, tokenizer, len(prompts), max_new_tokens)
 
@@ -91,11 +98,13 @@ def _pieces(
     for row, decoder in enumerate(decoders):
       ids = tokens[row, : lengths[row]]
       done = bool(finished[row]) or drawn >= max_new_tokens
-      pieces.append(Piece(
-        text=decoder.decode(tokenizer.decode_bytes(ids), final=done),
-        tokens=ids.tolist(),
-        log_prob=float(log_probs[row].sum()),
-        finished=bool(finished[row]),
-        done=done,
-      ))
+      pieces.append(
+        Piece(
+          text=decoder.decode(tokenizer.decode_bytes(ids), final=done),
+          tokens=ids.tolist(),
+          log_prob=float(log_probs[row].sum()),
+          finished=bool(finished[row]),
+          done=done,
+        )
+      )
     yield pieces

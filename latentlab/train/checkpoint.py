@@ -39,13 +39,13 @@ class Checkpointer:
   """
 
   def __init__(
-      self,
-      workdir: str | pathlib.Path,
-      *,
-      keep_last: int = 2,
-      keep_best: str = "",
-      best_mode: str = "min",
-      read_only: bool = False,
+    self,
+    workdir: str | pathlib.Path,
+    *,
+    keep_last: int = 2,
+    keep_best: str = "",
+    best_mode: str = "min",
+    read_only: bool = False,
   ):
     """Opens the checkpoints of `workdir`.
 
@@ -66,23 +66,29 @@ class Checkpointer:
     if read_only and not self.directory.is_dir():
       raise ValueError(f"There are no checkpoints in {str(workdir)!r}: train there first.")
     if not read_only:
-      self._set_aside([s for s in _steps_in(self.directory)
-                       if not _metrics_readable(self.directory / str(s))])
+      self._set_aside(
+        [s for s in _steps_in(self.directory) if not _metrics_readable(self.directory / str(s))]
+      )
     policies = [checkpoint_managers.LatestN(keep_last)]
     if keep_best:
-      policies.append(checkpoint_managers.BestN(
-          get_metric_fn=self._score, n=1, keep_checkpoints_without_metrics=False))
+      policies.append(
+        checkpoint_managers.BestN(
+          get_metric_fn=self._score, n=1, keep_checkpoints_without_metrics=False
+        )
+      )
     self._manager = ocp.CheckpointManager(
-        self.directory,
-        options=ocp.CheckpointManagerOptions(
-            best_fn=self._score if keep_best else None,
-            best_mode="max",  # Of the score, which has the sign of best_mode in it.
-            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-            create=not read_only,
-            cleanup_tmp_directories=not read_only,
-        ),
-        item_handlers={"state": ocp.PyTreeCheckpointHandler(),
-                       "iterator": ocp.JsonCheckpointHandler()},
+      self.directory,
+      options=ocp.CheckpointManagerOptions(
+        best_fn=self._score if keep_best else None,
+        best_mode="max",  # Of the score, which has the sign of best_mode in it.
+        preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+        create=not read_only,
+        cleanup_tmp_directories=not read_only,
+      ),
+      item_handlers={
+        "state": ocp.PyTreeCheckpointHandler(),
+        "iterator": ocp.JsonCheckpointHandler(),
+      },
     )
     best = self._manager.best_step() if keep_best else None
     self._best_score = -math.inf if best is None else self._score(self._manager.metrics(best) or {})
@@ -95,8 +101,10 @@ class Checkpointer:
     """The step of the best checkpoint by `keep_best`."""
     best = self._manager.best_step() if self._keep_best else None
     if best is None:
-      raise ValueError(f"No checkpoint in {str(self.directory)!r} was ranked: the best is kept by "
-                       f"config.checkpoint.keep_best, which is {self._keep_best!r}.")
+      raise ValueError(
+        f"No checkpoint in {str(self.directory)!r} was ranked: the best is kept by "
+        f"config.checkpoint.keep_best, which is {self._keep_best!r}."
+      )
     return best
 
   def is_best(self, metrics: Mapping[str, float]) -> bool:
@@ -105,11 +113,11 @@ class Checkpointer:
     return ranked is not None and self._score(ranked) > self._best_score
 
   def save(
-      self,
-      step: int,
-      state: Any,
-      iterator_state: Mapping[str, Any],
-      metrics: Mapping[str, float] | None = None,
+    self,
+    step: int,
+    state: Any,
+    iterator_state: Mapping[str, Any],
+    metrics: Mapping[str, float] | None = None,
   ) -> None:
     """Starts to write a checkpoint; the state may be donated as soon as this returns.
 
@@ -125,12 +133,17 @@ class Checkpointer:
     ranked = self._ranked(metrics or {})
     if ranked:
       self._best_score = max(self._best_score, self._score(ranked))
-    self._manager.save(step, metrics=ranked, args=ocp.args.Composite(
+    self._manager.save(
+      step,
+      metrics=ranked,
+      args=ocp.args.Composite(
         state=ocp.args.PyTreeSave(_nest({k: _storable(x) for k, x in leaves(state).items()})),
-        iterator=ocp.args.JsonSave(dict(iterator_state))))
+        iterator=ocp.args.JsonSave(dict(iterator_state)),
+      ),
+    )
 
   def restore(
-      self, target: Tree, step: int | None = None, *, partial: bool = False
+    self, target: Tree, step: int | None = None, *, partial: bool = False
   ) -> tuple[int, Tree, dict[str, Any]]:
     """Restores a state, straight into the shardings of `target`.
 
@@ -150,8 +163,9 @@ class Checkpointer:
     """
     steps = self.steps()
     if step is not None and step not in steps:
-      raise ValueError(f"There is no checkpoint of {step=} in {str(self.directory)!r}; "
-                       f"there are {steps}.")
+      raise ValueError(
+        f"There is no checkpoint of {step=} in {str(self.directory)!r}; there are {steps}."
+      )
     if not steps:
       raise ValueError(f"There are no checkpoints in {str(self.directory)!r}.")
     damaged = []
@@ -171,9 +185,7 @@ class Checkpointer:
       return candidate, state, iterator_state
     raise last_error
 
-  def _restore_step(
-      self, step: int, target: Tree, partial: bool
-  ) -> tuple[Tree, dict[str, Any]]:
+  def _restore_step(self, step: int, target: Tree, partial: bool) -> tuple[Tree, dict[str, Any]]:
     path = self.directory / str(step)
     wanted = leaves(target)
     abstract = {k: _abstract(x) for k, x in wanted.items()}
@@ -223,11 +235,11 @@ class Checkpointer:
 
 
 def restore_params(
-    workdir: str | pathlib.Path,
-    target: Tree,
-    *,
-    renames: Sequence[tuple[str, str]] = (),
-    new: Sequence[str] = (),
+  workdir: str | pathlib.Path,
+  target: Tree,
+  *,
+  renames: Sequence[tuple[str, str]] = (),
+  new: Sequence[str] = (),
 ) -> Tree:
   """Starts parameters from another run's newest checkpoint: `config.init_from`.
 
@@ -249,8 +261,9 @@ def restore_params(
     if not source.steps():
       raise ValueError(f"There are no checkpoints in {str(source.directory)!r}.")
     path = source.directory / str(source.steps()[-1])
-  found = {k.removeprefix("params/"): x for k, x in stored_leaves(path).items()
-           if k.startswith("params/")}
+  found = {
+    k.removeprefix("params/"): x for k, x in stored_leaves(path).items() if k.startswith("params/")
+  }
   origin: dict[str, str] = {}
   for name in found:
     goal = name
@@ -265,9 +278,10 @@ def restore_params(
   unused = [k for k in origin if k not in wanted]
   if missing or unused:
     raise ValueError(
-        f"init_from {str(workdir)!r} does not fit this model. "
-        f"Missing from the checkpoint (rename with init_rename, or allow by init_new): {missing}. "
-        f"Unused (rename, or drop by renaming to the empty string): {unused}.")
+      f"init_from {str(workdir)!r} does not fit this model. "
+      f"Missing from the checkpoint (rename with init_rename, or allow by init_new): {missing}. "
+      f"Unused (rename, or drop by renaming to the empty string): {unused}."
+    )
   taken = {k: x for k, x in wanted.items() if k in origin}
   _check_same(path, {k: found[origin[k]] for k in taken}, taken, dtypes=False)
   restored = _read(path, {f"params/{origin[k]}": _abstract(x) for k, x in taken.items()})
@@ -278,8 +292,10 @@ def restore_params(
 
 def leaves(tree: Any) -> dict[str, Any]:
   """The leaves of a tree by "/"-joined path, in the tree's order."""
-  return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-          for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
 
 
 def stored_leaves(path: pathlib.Path) -> dict[str, jax.ShapeDtypeStruct]:
@@ -302,7 +318,8 @@ def _read(path: pathlib.Path, target: Mapping[str, jax.ShapeDtypeStruct]) -> dic
   # The handler rather than the manager: its restore holds no barrier for a failed process to miss.
   tree = _nest(target)
   args = ocp.args.PyTreeRestore(
-      tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True)
+    tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
+  )
   with _reading(path):
     return leaves(ocp.PyTreeCheckpointHandler().restore(path / "state", args=args))
 
@@ -320,7 +337,8 @@ class _reading(contextlib.AbstractContextManager):
 
   def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
     damaged = kind is not None and (
-        kind is Exception or issubclass(kind, (ValueError, OSError, KeyError)))
+      kind is Exception or issubclass(kind, (ValueError, OSError, KeyError))
+    )
     if error is not None and not damaged:
       return  # Ours or the machine's fault, not the file's.
     if jax.process_count() > 1:
@@ -331,21 +349,24 @@ class _reading(contextlib.AbstractContextManager):
 
 
 def _check_same(
-    path: pathlib.Path,
-    found: Mapping[str, jax.ShapeDtypeStruct],
-    wanted: Mapping[str, Any],
-    dtypes: bool = True,
+  path: pathlib.Path,
+  found: Mapping[str, jax.ShapeDtypeStruct],
+  wanted: Mapping[str, Any],
+  dtypes: bool = True,
 ) -> None:
   """Raises a `ValueError` that names the first leaf in which two states differ."""
+
   def describe(x: Any) -> str:
     return "nothing" if x is None else f"{jnp.dtype(x.dtype).name}{list(x.shape)}"
+
   for name in (*wanted, *found):
     a, b = wanted.get(name), found.get(name)
     if a is None or b is None or a.shape != b.shape or (dtypes and a.dtype != b.dtype):
       raise ValueError(
-          f"The checkpoint {str(path)!r} is of another model or optimizer. The first difference "
-          f"is {name!r}: expected {describe(a)}, found {describe(b)}. Use another workdir, or "
-          "start from its parameters with config.init_from.")
+        f"The checkpoint {str(path)!r} is of another model or optimizer. The first difference "
+        f"is {name!r}: expected {describe(a)}, found {describe(b)}. Use another workdir, or "
+        "start from its parameters with config.init_from."
+      )
 
 
 def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import logging
+import math
 import pathlib
 import signal
 import sys
@@ -16,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import tqdm
 import tqdm.contrib.logging
 from jax.experimental import multihost_utils
@@ -23,6 +26,7 @@ from jax.experimental import multihost_utils
 from latentlab import data as data_lib
 from latentlab import eval as eval_lib
 from latentlab import sample
+from latentlab.data import files
 from latentlab.models import flops_per_token
 from latentlab.train import checkpoint, metrics, partition, plots
 from latentlab.train.state import TrainState
@@ -31,7 +35,10 @@ from latentlab.typing import Params
 
 logger = logging.getLogger(__name__)
 
-_TOKENIZER = "tokenizer.json"
+_CONFIG, _CORPUS, _TOKENIZER = "config.json", "corpus.json", "tokenizer.json"
+
+# An iterator's state is a number of global batches, which means nothing when these change.
+_BATCH_FIELDS = ("batch_size", "seed", "data.seq_length", "data.packing")
 
 PREEMPTED_EXIT_CODE = 75
 """Exit status after SIGTERM: the state is saved, and the same command goes on (EX_TEMPFAIL)."""
@@ -58,7 +65,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dic
 
   Args:
     config: An experiment; see `experiments/configs/common.py`.
-    workdir: Gets `config.json`, `metrics.jsonl`, `checkpoints/` and `plots/`.
+    workdir: Gets `config.json`, `corpus.json`, `tokenizer.json`, `metrics.jsonl`, `checkpoints/`
+      and `plots/`.
 
   Returns:
     The last value of every metric.
@@ -71,21 +79,29 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dic
   _check(config)
   workdir = pathlib.Path(workdir).absolute()
   data = _build_data(config)
+  _check_hosts_agree(data)
   task = build_task(config, data.tokenizer.vocab_size)
+  _check_sample(config, task, data.tokenizer)
   trainer = partition.make_trainer(task, config)
   evaluations = eval_lib.build(config.evals.to_dict(), task, data, trainer.compile)
+  for section in config.evals.values():
+    trainer.check_length(section.get("seq_length") or config.data.seq_length)
   with contextlib.ExitStack() as stack:
     preemption = stack.enter_context(_Preemption())
     checkpointer = stack.enter_context(checkpoint.Checkpointer(workdir, **config.checkpoint))
-    step, state, iterator_state = _start(config, workdir, checkpointer, trainer)
+    step, state, iterator_state = _start(config, workdir, checkpointer, trainer, data)
     iterator = data.train_iterator(config.seed)
     if iterator_state is not None:
       iterator.set_state(iterator_state)
-    _write_config(config, workdir)
     if jax.process_index() == 0:
+      _write_config(config, workdir)
+      _write_corpus(data, workdir)
       data.tokenizer.save(workdir / _TOKENIZER)
-    writer = stack.enter_context(contextlib.closing(metrics.MetricsWriter(
-        workdir, start_step=step, tensorboard=config.logging.tensorboard)))
+    writer = stack.enter_context(
+      contextlib.closing(
+        metrics.MetricsWriter(workdir, start_step=step, tensorboard=config.logging.tensorboard)
+      )
+    )
     run = _Run(config, task, trainer, evaluations, checkpointer, preemption, writer)
     run.latest = _last_values(workdir)
     state = run.loop(step, state, iterator)
@@ -123,28 +139,36 @@ class Trained:
     data = _build_data(self.config)
     if data.tokenizer.digest != self.tokenizer.digest:
       raise ValueError(
-          "The corpus at hand has another tokenizer than the run had: config.data or the corpus "
-          f"changed since ({data.tokenizer.digest=}, {self.tokenizer.digest=}).")
+        "The corpus at hand has another tokenizer than the run had: config.data or the corpus "
+        f"changed since ({data.tokenizer.digest=}, {self.tokenizer.digest=})."
+      )
     return data
 
 
 def load(
-    workdir: str | pathlib.Path,
-    config: ml_collections.ConfigDict | None = None,
-    *,
-    step: int | str = "latest",
+  workdir: str | pathlib.Path,
+  config: ml_collections.ConfigDict | None = None,
+  *,
+  step: int | str = "latest",
 ) -> Trained:
   """Restores the parameters of a run.
 
   Args:
     workdir: Of the run.
-    config: Of the run, if not what its `config.json` says; the mesh may differ.
+    config: Of the run, if not what its `config.json` says; the mesh may differ. Without one, a mesh
+      that does not fit the devices at hand gives way to plain data parallelism.
     step: A step that has a checkpoint, "latest" or "best".
 
   Raises:
     ValueError: there is no such checkpoint, or it is of another model.
   """
-  config = read_config(workdir) if config is None else config
+  if config is None:
+    config = read_config(workdir)
+    try:
+      partition.make_mesh(config.mesh.to_dict())
+    except ValueError as e:
+      logger.info("%s Here the run's parameters are on every device instead.", e)
+      config.mesh = ml_collections.ConfigDict({"data": -1})
   path = pathlib.Path(workdir) / _TOKENIZER
   if not path.exists():
     raise ValueError(f"{str(workdir)!r} holds no {_TOKENIZER}: train there first.")
@@ -156,41 +180,45 @@ def load(
     if step == "best":
       step = checkpointer.best_step()
     elif step != "latest" and not str(step).isdigit():
-      raise ValueError(f"{step=} is no step; choose a number of {checkpointer.steps()}, 'latest' "
-                       "or 'best'.")
+      raise ValueError(
+        f"{step=} is no step; choose a number of {checkpointer.steps()}, 'latest' or 'best'."
+      )
     step, state, _ = checkpointer.restore(
-        {part: getattr(trainer.abstract_state, part)},
-        None if step == "latest" else int(step), partial=True)
+      {part: getattr(trainer.abstract_state, part)},
+      None if step == "latest" else int(step),
+      partial=True,
+    )
   return Trained(config, tokenizer, task, trainer, state[part], step)
 
 
 def read_config(workdir: str | pathlib.Path) -> ml_collections.ConfigDict:
   """The config that a workdir's run was started with."""
-  path = pathlib.Path(workdir) / "config.json"
+  path = pathlib.Path(workdir) / _CONFIG
   if not path.exists():
-    raise ValueError(f"{str(workdir)!r} holds no config.json: train there first.")
-  return ml_collections.ConfigDict(_with_tuples(json.loads(path.read_text())))
+    raise ValueError(f"{str(workdir)!r} holds no {_CONFIG}: train there first.")
+  return ml_collections.ConfigDict(_with_tuples(_read_json(path)))
 
 
 class _Run:
   """A run between its start and its end."""
 
   def __init__(
-      self,
-      config: ml_collections.ConfigDict,
-      task: Task,
-      trainer: partition.Trainer,
-      evaluations: list[eval_lib.Evaluation],
-      checkpointer: checkpoint.Checkpointer,
-      preemption: "_Preemption",
-      writer: metrics.MetricsWriter,
+    self,
+    config: ml_collections.ConfigDict,
+    task: Task,
+    trainer: partition.Trainer,
+    evaluations: list[eval_lib.Evaluation],
+    checkpointer: checkpoint.Checkpointer,
+    preemption: "_Preemption",
+    writer: metrics.MetricsWriter,
   ):
     self._config, self._trainer, self._evaluations = config, trainer, evaluations
     self._checkpointer, self._preemption, self._writer = checkpointer, preemption, writer
     self._throughput = metrics.Throughput(
-        tokens_per_step=config.batch_size * config.data.seq_length,
-        flops_per_token=_train_flops_per_token(task, config),
-        devices=list(trainer.mesh.devices.flat))
+      tokens_per_step=config.batch_size * config.data.seq_length,
+      flops_per_token=_train_flops_per_token(task, config),
+      devices=list(trainer.mesh.devices.flat),
+    )
     self.latest: dict[str, float] = {}
 
   def loop(self, start: int, state: TrainState, iterator: Any) -> TrainState:
@@ -218,23 +246,37 @@ class _Run:
         with self._throughput.paused():
           evaluation = {}
           if not preempted and skipped <= c.max_skipped_steps:
-            evaluation = self._evaluate(step, state)
+            with contextlib.ExitStack() as on_error:
+              # An evaluation that fails costs the run neither the step nor its line.
+              on_error.callback(self._save, step, state, iterator, {})
+              on_error.callback(self._writer.write, step, line)
+              evaluation = self._evaluate(step, state)
+              on_error.pop_all()
           line |= {f"eval/{name}": value for name, value in evaluation.items()}
           self._writer.write(step, line)
           self.latest |= line
           if skipped > c.max_skipped_steps:
             raise DivergedError(
-                f"Training diverged: the last {skipped:.0f} steps up to {step} had a loss or "
-                f"gradient that is not finite, more than {c.max_skipped_steps=}. The newest "
-                f"checkpoint is from before them. Lower optimizer.peak_lr, or look at the data.")
-          if (step % c.checkpoint_steps == 0 or step == last or preempted
-              or self._checkpointer.is_best(evaluation)):
+              f"Training diverged: the last {skipped:.0f} steps up to {step} had a loss or "
+              f"gradient that is not finite, more than {c.max_skipped_steps=}. The newest "
+              f"checkpoint is from before them. Lower optimizer.peak_lr, or look at the data."
+            )
+          if (
+            step % c.checkpoint_steps == 0
+            or step == last
+            or preempted
+            or self._checkpointer.is_best(evaluation)
+          ):
             self._save(step, state, iterator, evaluation)
         bar.update()
         if preempted and step < last:
           self._checkpointer.wait()
-          logger.warning("Told to stop: leaving after step %d with exit code %d; the same command "
-                         "goes on from the newest checkpoint.", step, PREEMPTED_EXIT_CODE)
+          logger.warning(
+            "Told to stop: leaving after step %d with exit code %d; the same command "
+            "goes on from the newest checkpoint.",
+            step,
+            PREEMPTED_EXIT_CODE,
+          )
           raise Preempted(step)
     return state
 
@@ -246,23 +288,28 @@ class _Run:
   def _evaluate(self, step: int, state: TrainState) -> dict[str, float]:
     # The average is what will be used, where one is kept.
     params = state.params if state.ema is None else state.ema
-    due = [e for e in self._evaluations
-           if step % e.every_steps == 0 or step == self._config.train_steps]
+    due = [
+      e for e in self._evaluations if step % e.every_steps == 0 or step == self._config.train_steps
+    ]
     results = {name: value for e in due for name, value in e.run(params).items()}
     if results:
-      logger.info("Step %d: %s", step, "  ".join(
-          f"{k} {v:.4g}" for k, v in results.items() if "/position_" not in k))
+      logger.info(
+        "Step %d: %s",
+        step,
+        "  ".join(f"{k} {v:.4g}" for k, v in results.items() if "/position_" not in k),
+      )
     best = self._config.checkpoint.keep_best.removeprefix("eval/")
     if any(best.startswith(f"{e.name}/") for e in due) and best not in results:
       raise ValueError(f"checkpoint.keep_best={best!r} is no metric; there are {list(results)}.")
     return results
 
   def _save(
-      self, step: int, state: TrainState, iterator: Any, evaluation: Mapping[str, float]
+    self, step: int, state: TrainState, iterator: Any, evaluation: Mapping[str, float]
   ) -> None:
     if skipped := int(jax.device_get(state.skipped)):
-      logger.warning("Step %d: no checkpoint, since the last %d steps were not finite.",
-                     step, skipped)
+      logger.warning(
+        "Step %d: no checkpoint, since the last %d steps were not finite.", step, skipped
+      )
       return
     self._checkpointer.save(step, state, iterator.get_state(), evaluation)
 
@@ -273,8 +320,9 @@ class _Preemption(contextlib.AbstractContextManager):
   def __init__(self):
     self._noticed = False
     # JAX's preemption service has a handler of its own, which this one would displace.
-    self._own_handler = (not jax.distributed.is_initialized()
-                         and threading.current_thread() is threading.main_thread())
+    self._own_handler = (
+      not jax.distributed.is_initialized() and threading.current_thread() is threading.main_thread()
+    )
 
   def __enter__(self) -> "_Preemption":
     if self._own_handler:
@@ -298,19 +346,107 @@ def _check(config: ml_collections.ConfigDict) -> None:
   for name in ("train_steps", "log_steps", "checkpoint_steps", "batch_size"):
     if config[name] < 1:
       raise ValueError(f"config.{name}={config[name]} must be at least 1.")
+  if config.max_skipped_steps < 0:
+    raise ValueError(
+      f"config.max_skipped_steps={config.max_skipped_steps} must not be negative; 0 "
+      "stops at the first step that is not finite."
+    )
+  if not 0 <= (config.optimizer.ema_decay or 0) < 1:
+    raise ValueError(
+      f"optimizer.ema_decay={config.optimizer.ema_decay} must be in [0, 1); 0 keeps no average."
+    )
+  if (config.optimizer.clip_norm or 0) < 0:
+    raise ValueError(
+      f"optimizer.clip_norm={config.optimizer.clip_norm} must not be negative; 0 does not clip."
+    )
   best = config.checkpoint.keep_best.removeprefix("eval/")
   if best and best.partition("/")[0] not in config.evals:
-    raise ValueError(f"checkpoint.keep_best={best!r} starts with none of config.evals: "
-                     f"{sorted(config.evals)}; it has the form <evaluation>/<metric>.")
+    raise ValueError(
+      f"checkpoint.keep_best={best!r} starts with none of config.evals: "
+      f"{sorted(config.evals)}; it has the form <evaluation>/<metric>."
+    )
+
+
+def _check_hosts_agree(data: data_lib.Data) -> None:
+  """Hosts with other texts or tokenizers would train one model on rows that do not fit together."""
+  made_of = [data.tokenizer.digest, data.summary.get("tokens_sha256")]
+  digest = hashlib.sha256(json.dumps(made_of).encode()).digest()
+  everyones = multihost_utils.process_allgather(np.frombuffer(digest[:8], np.uint8))
+  if (everyones != everyones[0]).any():
+    raise ValueError(
+      "The processes of this run have different data; this one has the tokenizer "
+      f"{made_of[0][:12]} and the tokens {made_of[1]}. Give all hosts the same Python or corpus, "
+      "or one token file made with experiments/prepare.py."
+    )
+
+
+def _check_sample(
+  config: ml_collections.ConfigDict, task: Task, tokenizer: data_lib.Tokenizer
+) -> None:
+  c = config.sample
+  if c.num_tokens < 0:
+    raise ValueError(f"config.sample.num_tokens={c.num_tokens} must not be negative; 0 draws none.")
+  if not c.num_tokens:
+    return
+  if c.temperature <= 0:
+    raise ValueError(
+      f"config.sample.temperature={c.temperature} must be positive; 0.01 all but "
+      "takes the best token, which experiments/generate.py --greedy does."
+    )
+  _sampler(config)
+  limit, length = task.model.config.context_limit, 1 + len(tokenizer.encode(c.prompt))
+  if limit is not None and length + c.num_tokens > limit:
+    raise ValueError(
+      f"config.sample.prompt has {length} tokens with <bos>, and together with "
+      f"config.sample.num_tokens={c.num_tokens} exceeds the model's context of "
+      f"{limit}; shorten one of them."
+    )
+
+
+def _check_tokenizer(workdir: pathlib.Path, data: data_lib.Data) -> None:
+  """Raises if the run of `workdir` had another tokenizer: its ids meant other text."""
+  path = workdir / _TOKENIZER
+  if not path.exists():
+    return
+  was, now = data_lib.load_tokenizer(path).digest, data.tokenizer.digest
+  if was != now:
+    raise ValueError(
+      f"The run of {str(workdir)!r} had the tokenizer {was[:12]}, but config.data makes "
+      f"{now[:12]}: the parameters know other tokens. Set data.tokenizer={str(path)!r} and "
+      "data.vocab_size=0, or start in another workdir."
+    )
+
+
+def _check_batches(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+  """Raises if the run of `workdir` counted batches of another kind."""
+  saved = _saved(workdir / _CONFIG)
+  if saved is None:
+    return
+  changed = [
+    d
+    for d in _differences(saved, json.loads(config.to_json()))
+    if d.partition(":")[0].removeprefix("config.") in _BATCH_FIELDS
+  ]
+  if changed:
+    raise ValueError(
+      f"The data of {str(workdir)!r} cannot go on with other batches: {'; '.join(changed)}. Set "
+      "these back, or start from the parameters alone with config.init_from."
+    )
 
 
 def _start(
-    config: ml_collections.ConfigDict,
-    workdir: pathlib.Path,
-    checkpointer: checkpoint.Checkpointer,
-    trainer: partition.Trainer,
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  checkpointer: checkpoint.Checkpointer,
+  trainer: partition.Trainer,
+  data: data_lib.Data,
 ) -> tuple[int, TrainState, dict[str, Any] | None]:
   """The step to start after, the state there, and the data iterator's state if it has one."""
+  source = str(workdir) if checkpointer.steps() else config.resume
+  if source:
+    _check_batches(config, pathlib.Path(source))
+  if source or config.init_from:
+    _check_tokenizer(pathlib.Path(source or config.init_from), data)
   if checkpointer.steps():
     step, state, iterator_state = checkpointer.restore(trainer.abstract_state)
     logger.info("Start: resumed %s at step %d.", workdir, step)
@@ -323,10 +459,14 @@ def _start(
   state = trainer.init(jax.random.key(config.seed))
   if config.init_from:
     params = checkpoint.restore_params(
-        config.init_from, state.params, renames=config.init_rename, new=config.init_new)
+      config.init_from, state.params, renames=config.init_rename, new=config.init_new
+    )
     # A copy even where the dtypes agree: both are donated.
-    ema = None if state.ema is None else jax.tree.map(
-        lambda x: jnp.array(x, jnp.float32, copy=True), params)
+    ema = (
+      None
+      if state.ema is None
+      else jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params)
+    )
     state = state.replace(params=params, ema=ema)
     logger.info("Start: parameters of config.init_from=%s, step 0.", config.init_from)
   else:
@@ -340,13 +480,43 @@ def _train_flops_per_token(task: Task, config: ml_collections.ConfigDict) -> flo
 
 
 def _write_config(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-  if jax.process_index() != 0:
-    return
-  path = workdir / "config.json"
   text = config.to_json(indent=2, sort_keys=True) + "\n"
-  if path.exists() and (changed := _differences(json.loads(path.read_text()), json.loads(text))):
+  saved = _saved(workdir / _CONFIG)
+  if saved is not None and (changed := _differences(saved, json.loads(text))):
     logger.warning("The config changed since this workdir's last run: %s", "; ".join(changed))
-  path.write_text(text)
+  files.write_text(workdir / _CONFIG, text)
+
+
+def _write_corpus(data: data_lib.Data, workdir: pathlib.Path) -> None:
+  saved, now = _saved(workdir / _CORPUS), dict(data.summary)
+  if saved is not None and saved.get("tokens_sha256") != now.get("tokens_sha256"):
+    logger.warning(
+      "The corpus changed since this workdir's last run: tokens_sha256 %s -> %s",
+      saved.get("tokens_sha256"),
+      now.get("tokens_sha256"),
+    )
+  files.write_json(workdir / _CORPUS, now)
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    value = json.loads(path.read_text("utf-8"))
+  except ValueError as e:
+    raise ValueError(f"{str(path)!r} is not json ({e}); restore it, or give --config.") from e
+  if not isinstance(value, dict):
+    raise ValueError(f"{str(path)!r} holds no fields; restore it, or give --config.")
+  return value
+
+
+def _saved(path: pathlib.Path) -> dict[str, Any] | None:
+  """What an earlier run left; nothing, with a warning, where it is damaged."""
+  if not path.exists():
+    return None
+  try:
+    return _read_json(path)
+  except ValueError as e:
+    logger.warning("%s Nothing is compared with it.", e)
+    return None
 
 
 def _with_tuples(x: Any) -> Any:
@@ -358,8 +528,9 @@ def _with_tuples(x: Any) -> Any:
 
 def _differences(old: Any, new: Any, path: str = "config") -> list[str]:
   if isinstance(old, dict) and isinstance(new, dict):
-    return [d for k in sorted({*old, *new})
-            for d in _differences(old.get(k), new.get(k), f"{path}.{k}")]
+    return [
+      d for k in sorted({*old, *new}) for d in _differences(old.get(k), new.get(k), f"{path}.{k}")
+    ]
   return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
 
 
@@ -371,19 +542,28 @@ def _last_values(workdir: pathlib.Path) -> dict[str, float]:
 @contextlib.contextmanager
 def _progress(start: int, last: int) -> Iterator[tqdm.tqdm]:
   """A bar with the time that remains, on process 0 and where someone can see it."""
-  bar = tqdm.tqdm(initial=start, total=last, unit="step", dynamic_ncols=True,
-                  disable=None if jax.process_index() == 0 else True)
+  bar = tqdm.tqdm(
+    initial=start,
+    total=last,
+    unit="step",
+    dynamic_ncols=True,
+    disable=None if jax.process_index() == 0 else True,
+  )
   with contextlib.ExitStack() as stack:
     stack.enter_context(bar)
     if not bar.disable:
       stack.enter_context(
-          tqdm.contrib.logging.logging_redirect_tqdm([logging.getLogger("latentlab")]))
+        tqdm.contrib.logging.logging_redirect_tqdm([logging.getLogger("latentlab")])
+      )
     yield bar
 
 
 def _show(bar: tqdm.tqdm, step: int, last: int, line: Mapping[str, float]) -> None:
-  shown = {k.partition("/")[2]: f"{line[k]:.4g}" for k in
-           ("train/loss", "train/grad_norm", "train/lr", "perf/tokens_per_sec") if k in line}
+  shown = {
+    k.partition("/")[2]: f"{line[k]:.4g}"
+    for k in ("train/loss", "train/grad_norm", "train/lr", "perf/tokens_per_sec")
+    if k in line
+  }
   if bar.disable:
     logger.info("Step %d/%d: %s", step, last, "  ".join(f"{k} {v}" for k, v in shown.items()))
   else:
@@ -391,30 +571,44 @@ def _show(bar: tqdm.tqdm, step: int, last: int, line: Mapping[str, float]) -> No
 
 
 def _print_summary(
-    latest: Mapping[str, float],
-    config: ml_collections.ConfigDict,
-    workdir: pathlib.Path,
-    pictures: list[pathlib.Path],
+  latest: Mapping[str, float],
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  pictures: list[pathlib.Path],
 ) -> None:
   print(f"\nTrained {config.train_steps} steps in {workdir}")
-  compared = {k: v for k, v in latest.items() if "/bits_per_byte" in k and v is not None}
+  compared = {
+    k: v if _is_finite(v) else math.inf for k, v in latest.items() if "/bits_per_byte" in k
+  }
   for name, value in latest.items():
-    if value is not None and "/position_" not in name and name not in compared:
-      print(f"  {name:<44} {value:.6g}")
+    if "/position_" not in name and "/bits_per_byte" not in name:
+      print(f"  {name:<44} {f'{value:.6g}' if _is_finite(value) else 'not finite'}")
   for name, value in config.expected.items():
     print(f"  {'expected ' + name:<44} {value}")
   if compared:
     print("\nBits per raw byte, the fewest first:")
-    longest = max(compared.values())
+    longest = max(filter(math.isfinite, compared.values()), default=0) or 1
     for name, value in sorted(compared.items(), key=lambda item: item[1]):
       label = name.removeprefix("eval/").replace("bits_per_byte", "").strip("/_").replace("/_", " ")
-      print(f"  {label:<32} {value:6.3f}  {'#' * round(30 * value / longest)}")
+      finite = math.isfinite(value)
+      bar = f"{value:6.3f}  {'#' * round(30 * value / longest)}" if finite else "not finite"
+      print(f"  {label:<32} {bar}")
+    of_bytes_seen = [v for k, v in compared.items() if "/bits_per_byte_order_" in k]
+    of_models = [v for k, v in compared.items() if k.endswith("/bits_per_byte")]
+    if of_bytes_seen and of_models:
+      below = max(of_models) < min(of_bytes_seen)
+      print(f"\nBelow all n-grams of the bytes seen: {'yes' if below else 'no'}")
   print("\nPlots: " + " ".join(str(p.relative_to(workdir)) for p in pictures))
   sys.stdout.flush()
 
 
+def _is_finite(value: float | None) -> bool:
+  """`metrics.jsonl` has `null` for what is not."""
+  return value is not None and math.isfinite(value)
+
+
 def _print_sample(
-    config: ml_collections.ConfigDict, task: Task, state: TrainState, tokenizer: data_lib.Tokenizer
+  config: ml_collections.ConfigDict, task: Task, state: TrainState, tokenizer: data_lib.Tokenizer
 ) -> None:
   if jax.process_count() > 1:
     logger.info("No sample here, where a run has several hosts: use experiments.generate.")
@@ -422,13 +616,29 @@ def _print_sample(
   c = config.sample
   print(f"\nA sample (temperature {c.temperature}, top-p {c.top_p}):\n\n{c.prompt}", end="")
   for (piece,) in sample.stream_text(
-      task.model, state.params if state.ema is None else state.ema, tokenizer, [c.prompt],
-      sampler=sample.token_sampler(temperature=c.temperature, top_p=c.top_p),
-      key=sample.row_keys(config.seed, jnp.arange(1)), max_new_tokens=c.num_tokens):
+    task.model,
+    state.params if state.ema is None else state.ema,
+    tokenizer,
+    [c.prompt],
+    sampler=_sampler(config),
+    key=sample.row_keys(config.seed, jnp.arange(1)),
+    max_new_tokens=c.num_tokens,
+  ):
     print(piece.text, end="", flush=True)
   print()
 
 
+def _sampler(config: ml_collections.ConfigDict) -> sample.TokenSampler:
+  c = config.sample
+  try:
+    return sample.token_sampler(temperature=c.temperature, top_p=c.top_p)
+  except ValueError as e:
+    raise ValueError(
+      f"config.sample.temperature={c.temperature}, config.sample.top_p={c.top_p}: {e}."
+    ) from e
+
+
 def _build_data(config: ml_collections.ConfigDict) -> data_lib.Data:
   return data_lib.build(
-      config.data.to_dict(), config.batch_size, jax.process_index(), jax.process_count())
+    config.data.to_dict(), config.batch_size, jax.process_index(), jax.process_count()
+  )

@@ -150,6 +150,8 @@ def _tensorboard(directory: pathlib.Path, start_step: int) -> Any:
   try:
     import tensorboardX
   except ModuleNotFoundError as e:
-    raise ValueError("config.logging.tensorboard needs tensorboardX: "
-                     "pip install 'latentlab[logging]', or set it to False.") from e
+    raise ValueError(
+      "config.logging.tensorboard needs tensorboardX: "
+      "pip install 'latentlab[logging]', or set it to False."
+    ) from e
   return tensorboardX.SummaryWriter(str(directory), purge_step=start_step + 1)

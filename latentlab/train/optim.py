@@ -21,10 +21,10 @@ AxisNames = Mapping[str, tuple[str | None, ...]]
 """Logical axes of each parameter, by `/`-joined path."""
 
 SCHEDULES: Mapping[str, Callable[[Array, float], Array]] = {
-    "constant": lambda p, power: jnp.ones_like(p),
-    "linear": lambda p, power: 1 - p,
-    "cosine": lambda p, power: 0.5 * (1 + jnp.cos(jnp.pi * p)),
-    "polynomial": lambda p, power: (1 - p) ** power,
+  "constant": lambda p, power: jnp.ones_like(p),
+  "linear": lambda p, power: 1 - p,
+  "cosine": lambda p, power: 0.5 * (1 + jnp.cos(jnp.pi * p)),
+  "polynomial": lambda p, power: (1 - p) ** power,
 }
 """Share of the way from the end's to the peak's rate, at a share `p` of the steps after warm-up."""
 
@@ -43,13 +43,13 @@ def make_schedule(config: ml_collections.ConfigDict, train_steps: int) -> optax.
   end, power = config.get("end_lr_ratio", 0.0), config.get("power", 1.0)
   if not 0 <= warmup <= train_steps:
     raise ValueError(
-        f"optimizer.warmup_steps={warmup} must lie between 0 and {train_steps=}; "
-        "shorten the warm-up or lengthen the run."
+      f"optimizer.warmup_steps={warmup} must lie between 0 and {train_steps=}; "
+      "shorten the warm-up or lengthen the run."
     )
   if not (config.peak_lr > 0 and 0 <= end <= 1):
     raise ValueError(
-        f"optimizer.peak_lr={config.peak_lr} must be positive and "
-        f"optimizer.end_lr_ratio={end} between 0 and 1."
+      f"optimizer.peak_lr={config.peak_lr} must be positive and "
+      f"optimizer.end_lr_ratio={end} between 0 and 1."
     )
 
   def schedule(step: ArrayLike) -> Float[Array, "..."]:
@@ -62,7 +62,7 @@ def make_schedule(config: ml_collections.ConfigDict, train_steps: int) -> optax.
 
 
 def make_optimizer(
-    config: ml_collections.ConfigDict, axes: AxisNames
+  config: ml_collections.ConfigDict, axes: AxisNames
 ) -> optax.GradientTransformation:
   """Makes the optimiser `config.name` at a learning rate of one.
 
@@ -80,34 +80,34 @@ def make_optimizer(
   decay, clip = config.get("weight_decay", 0.0), config.get("clip_norm", None)
   if decay and name in ("adam", "sgd"):
     raise ValueError(
-        f"optimizer.weight_decay={decay} does nothing for optimizer.name={name!r}; "
-        "set it to 0 or use 'adamw' or 'muon'."
+      f"optimizer.weight_decay={decay} does nothing for optimizer.name={name!r}; "
+      "set it to 0 or use 'adamw' or 'muon'."
     )
   if not (0 <= b1 < 1 and 0 <= b2 < 1 and eps > 0 and decay >= 0):
     raise ValueError(
-        f"optimizer needs 0 <= b1, b2 < 1, eps > 0 and weight_decay >= 0, "
-        f"got {b1=}, {b2=}, {eps=}, weight_decay={decay}."
+      f"optimizer needs 0 <= b1, b2 < 1, eps > 0 and weight_decay >= 0, "
+      f"got {b1=}, {b2=}, {eps=}, weight_decay={decay}."
     )
   direction = {
-      "adam": lambda: optax.scale_by_adam(b1, b2, eps),
-      "adamw": lambda: optax.scale_by_adam(b1, b2, eps),
-      "sgd": optax.identity,
-      "muon": lambda: _muon(b1, b2, eps, axes),
+    "adam": lambda: optax.scale_by_adam(b1, b2, eps),
+    "adamw": lambda: optax.scale_by_adam(b1, b2, eps),
+    "sgd": optax.identity,
+    "muon": lambda: _muon(b1, b2, eps, axes),
   }[name]()
   return optax.chain(
-      optax.clip_by_global_norm(clip) if clip else optax.identity(),
-      direction,
-      optax.add_decayed_weights(decay, _decay_mask(axes, config.get("decay_embeddings", True)))
-      if decay
-      else optax.identity(),
-      optax.scale(-1.0),
+    optax.clip_by_global_norm(clip) if clip else optax.identity(),
+    direction,
+    optax.add_decayed_weights(decay, _decay_mask(axes, config.get("decay_embeddings", True)))
+    if decay
+    else optax.identity(),
+    optax.scale(-1.0),
   )
 
 
 def _choice(config: ml_collections.ConfigDict, field: str, choices) -> str:
   if config[field] not in choices:
     raise ValueError(
-        f"optimizer.{field}={config[field]!r} is unknown; choose from {sorted(choices)}."
+      f"optimizer.{field}={config[field]!r} is unknown; choose from {sorted(choices)}."
     )
   return config[field]
 
@@ -155,11 +155,11 @@ def _muon(b1: float, b2: float, eps: float, axes: AxisNames) -> optax.GradientTr
     return contrib.MuonDimensionNumbers((first, *rest[:-1]), (rest[-1],))
 
   return contrib.muon(
-      -1.0,  # Descends by itself; here the chain's last link does.
-      beta=b1,
-      eps=eps,
-      adam_b1=b1,
-      adam_b2=b2,
-      consistent_rms=0.2,
-      muon_weight_dimension_numbers=lambda params: jax.tree.map_with_path(dimensions, params),
+    -1.0,  # Descends by itself; here the chain's last link does.
+    beta=b1,
+    eps=eps,
+    adam_b1=b1,
+    adam_b2=b2,
+    consistent_rms=0.2,
+    muon_weight_dimension_numbers=lambda params: jax.tree.map_with_path(dimensions, params),
   )

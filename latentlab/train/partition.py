@@ -28,21 +28,21 @@ from latentlab.typing import Array, Key
 MESH_AXES = ("data", "fsdp", "tensor", "seq")
 
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
-    ("embed", "fsdp"),
-    ("heads", "tensor"),
-    ("kv_heads", "tensor"),
-    ("mlp", "tensor"),
-    ("vocab", "tensor"),
-    ("head_dim", None),
-    ("positions", None),
-    ("layers", None),
-    ("act_batch", ("data", "fsdp")),
-    ("act_length", "seq"),
-    ("act_embed", None),
-    ("act_heads", "tensor"),
-    ("act_kv_heads", "tensor"),
-    ("act_mlp", "tensor"),
-    ("act_vocab", "tensor"),
+  ("embed", "fsdp"),
+  ("heads", "tensor"),
+  ("kv_heads", "tensor"),
+  ("mlp", "tensor"),
+  ("vocab", "tensor"),
+  ("head_dim", None),
+  ("positions", None),
+  ("layers", None),
+  ("act_batch", ("data", "fsdp")),
+  ("act_length", "seq"),
+  ("act_embed", None),
+  ("act_heads", "tensor"),
+  ("act_kv_heads", "tensor"),
+  ("act_mlp", "tensor"),
+  ("act_vocab", "tensor"),
 )
 Rules = tuple[tuple[str, tuple[str, ...] | None], ...]
 
@@ -64,7 +64,7 @@ def make_rules(overrides: Sequence[Sequence[Any]] = (), axes: Sequence[str] = ME
     target = (target,) if isinstance(target, str) else tuple(target or ())
     if unknown := set(target) - set(MESH_AXES):
       raise ValueError(
-          f"axis_rules maps {name!r} to {sorted(unknown)}; mesh axes are {MESH_AXES} or None."
+        f"axis_rules maps {name!r} to {sorted(unknown)}; mesh axes are {MESH_AXES} or None."
       )
     resolved.append((name, tuple(axis for axis in target if axis in axes) or None))
   return tuple(resolved)
@@ -85,24 +85,24 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     sizes[open_axes[0]] = max(len(devices) // fixed, 1)
   if math.prod(sizes.values()) != len(devices):
     raise ValueError(
-        f"config.mesh={sizes} takes {math.prod(sizes.values())} devices, but there are "
-        f"{len(devices)}; change a size, or set one to -1."
+      f"config.mesh={sizes} takes {math.prod(sizes.values())} devices, but there are "
+      f"{len(devices)}; change a size, or set one to -1."
     )
   # A process feeds its own rows at full length, so its devices must hold whole rows.
   local = len(devices) // len({d.process_index for d in devices})
   if local % (sizes["tensor"] * sizes["seq"]):
     raise ValueError(
-        f"config.mesh.tensor={sizes['tensor']} times config.mesh.seq={sizes['seq']} must divide "
-        f"the {local} devices of a process."
+      f"config.mesh.tensor={sizes['tensor']} times config.mesh.seq={sizes['seq']} must divide "
+      f"the {local} devices of a process."
     )
   shape = tuple(sizes.values())
   return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
 
 
 def make_trainer(
-    task: Task,
-    config: ml_collections.ConfigDict,
-    devices: Sequence[jax.Device] | None = None,
+  task: Task,
+  config: ml_collections.ConfigDict,
+  devices: Sequence[jax.Device] | None = None,
 ) -> "Trainer":
   """Makes the trainer of `config.parallelism`.
 
@@ -118,11 +118,11 @@ def make_trainer(
     raise ValueError(f"config.parallelism={name!r} is unknown; choose from {sorted(trainers)}.")
   mesh = make_mesh(dict(config.get("mesh", {"data": -1})), devices)
   return trainers[name](
-      task,
-      mesh,
-      config.get("axis_rules", ()),
-      accumulate_steps=config.optimizer.get("accumulate_steps", 1),
-      ema_decay=config.optimizer.get("ema_decay", None),
+    task,
+    mesh,
+    config.get("axis_rules", ()),
+    accumulate_steps=config.optimizer.get("accumulate_steps", 1),
+    ema_decay=config.optimizer.get("ema_decay", None),
   )
 
 
@@ -136,13 +136,13 @@ class Trainer(abc.ABC):
   """
 
   def __init__(
-      self,
-      task: Task,
-      mesh: Mesh,
-      axis_rules: Sequence[Sequence[Any]] = (),
-      *,
-      accumulate_steps: int = 1,
-      ema_decay: float | None = None,
+    self,
+    task: Task,
+    mesh: Mesh,
+    axis_rules: Sequence[Sequence[Any]] = (),
+    *,
+    accumulate_steps: int = 1,
+    ema_decay: float | None = None,
   ):
     self.mesh = mesh
     self.rules = make_rules(axis_rules, mesh.axis_names)
@@ -172,6 +172,15 @@ class Trainer(abc.ABC):
   def init(self, key: Key[Array, ""]) -> TrainState:
     """Makes a state, each device only its shards; equal bit for bit for every layout."""
     return self._jitted_init(key)
+
+  def check_length(self, seq_length: int) -> None:
+    """Raises a `ValueError` if windows of `seq_length` tokens do not divide over the mesh."""
+    axes = dict(self.rules)["act_length"]
+    if seq_length % _size(self.mesh, axes):
+      raise ValueError(
+        f"A sequence length of {seq_length} must be a multiple of {_size(self.mesh, axes)}, the "
+        f"size of {axes} in config.mesh; change data.seq_length or config.mesh."
+      )
 
   def num_compilations(self) -> int:
     """Returns how often the step was traced to be compiled."""
@@ -206,10 +215,10 @@ class Trainer(abc.ABC):
 
   def _make_step(self, axis_name: str | None = None) -> Callable[..., Any]:
     step = make_step(
-        self._task,
-        accumulate_steps=self._accumulate_steps,
-        ema_decay=self._ema_decay,
-        axis_name=axis_name,
+      self._task,
+      accumulate_steps=self._accumulate_steps,
+      ema_decay=self._ema_decay,
+      axis_name=axis_name,
     )
 
     def counted(state, batch):
@@ -221,20 +230,17 @@ class Trainer(abc.ABC):
   def _place_rows(self, batch: Mapping[str, np.ndarray], accumulate_steps: int = 1) -> Batch:
     """Lays `[b T ...]` out over the axes of `act_batch` and `act_length`."""
     row_axes, length_axes = (dict(self.rules)[name] for name in ("act_batch", "act_length"))
-    num_row_shards, num_length_shards = (_size(self.mesh, a) for a in (row_axes, length_axes))
+    num_row_shards = _size(self.mesh, row_axes)
 
     def put(x: np.ndarray) -> Array:
       rows = x.shape[0] * jax.process_count()
       if rows % (num_row_shards * accumulate_steps):
         raise ValueError(
-            f"batch_size={rows} must be a multiple of {num_row_shards} (the mesh's {row_axes}) "
-            f"times optimizer.accumulate_steps={accumulate_steps}."
+          f"batch_size={rows} must be a multiple of {num_row_shards} (the mesh's {row_axes}) "
+          f"times optimizer.accumulate_steps={accumulate_steps}."
         )
-      if x.ndim > 1 and x.shape[1] % num_length_shards:
-        raise ValueError(
-            f"A sequence length of {x.shape[1]} must be a multiple of {num_length_shards}, the "
-            f"size of {length_axes} in config.mesh; change data.seq_length or config.mesh."
-        )
+      if x.ndim > 1:
+        self.check_length(x.shape[1])
       spec = P(row_axes, length_axes) if x.ndim > 1 else P(row_axes)
       sharding = NamedSharding(self.mesh, spec)
       return jax.make_array_from_process_local_data(sharding, x, (rows, *x.shape[1:]))
@@ -248,10 +254,10 @@ class JitTrainer(Trainer):
   def __init__(self, *args, **kwargs):
     super().__init__(*args, **kwargs)
     self._step = jax.jit(
-        self._make_step(),
-        in_shardings=(self._shardings, None),  # A placed batch brings its own.
-        out_shardings=(self._shardings, NamedSharding(self.mesh, P())),
-        donate_argnums=0,
+      self._make_step(),
+      in_shardings=(self._shardings, None),  # A placed batch brings its own.
+      out_shardings=(self._shardings, NamedSharding(self.mesh, P())),
+      donate_argnums=0,
     )
 
   def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -275,8 +281,8 @@ class PmapTrainer(Trainer):
   def __init__(self, task: Task, mesh: Mesh, *args, **kwargs):
     if mesh.shape["data"] != mesh.size:
       raise ValueError(
-          f"config.parallelism='pmap' is data parallelism only, but config.mesh={dict(mesh.shape)};"
-          " set all but config.mesh.data to 1, or use 'jit'."
+        f"config.parallelism='pmap' is data parallelism only, but config.mesh={dict(mesh.shape)};"
+        " set all but config.mesh.data to 1, or use 'jit'."
       )
     devices = tuple(mesh.devices.flat)
     super().__init__(task, Mesh(devices, ("data",)), *args, **kwargs)
@@ -289,12 +295,12 @@ class PmapTrainer(Trainer):
       return state.replace(key=None), metrics
 
     self._pmapped = jax.pmap(
-        on_words,
-        axis_name="data",
-        in_axes=(None, None, 0),
-        out_axes=(None, None),
-        devices=devices,
-        donate_argnums=1,
+      on_words,
+      axis_name="data",
+      in_axes=(None, None, 0),
+      out_axes=(None, None),
+      devices=devices,
+      donate_argnums=1,
     )
 
   def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -309,8 +315,8 @@ class PmapTrainer(Trainer):
     def put(x: np.ndarray) -> Array:
       if x.shape[0] % (num_local * self._accumulate_steps):
         raise ValueError(
-            f"batch_size={x.shape[0] * jax.process_count()} must be a multiple of {self.mesh.size} "
-            f"devices times optimizer.accumulate_steps={self._accumulate_steps}."
+          f"batch_size={x.shape[0] * jax.process_count()} must be a multiple of {self.mesh.size} "
+          f"devices times optimizer.accumulate_steps={self._accumulate_steps}."
         )
       x = x.reshape(num_local, -1, *x.shape[1:])
       return jax.make_array_from_process_local_data(NamedSharding(self.mesh, P("data")), x)
@@ -334,7 +340,7 @@ def _size(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
 
 
 def _shard_state(
-    state: TrainState, axes: Mapping[str, tuple[str | None, ...]], mesh: Mesh, rules: Rules
+  state: TrainState, axes: Mapping[str, tuple[str | None, ...]], mesh: Mesh, rules: Rules
 ) -> TrainState:
   """Gives each leaf of an abstract state its sharding.
 
@@ -358,19 +364,21 @@ def _path(path: Any) -> str:
 
 
 def _spec(
-    path: str, shape: tuple[int, ...], names: tuple[str | None, ...], mesh: Mesh, rules: Rules
+  path: str, shape: tuple[int, ...], names: tuple[str | None, ...], mesh: Mesh, rules: Rules
 ) -> P:
   if unknown := {name for name in names if name is not None} - dict(rules).keys():
     raise ValueError(
-        f"Parameter {path!r} has the logical axes {sorted(unknown)}, for which there is no rule; "
-        "add them to config.axis_rules."
+      f"Parameter {path!r} has the logical axes {sorted(unknown)}, for which there is no rule; "
+      "add them to config.axis_rules."
     )
   spec = nn.logical_to_mesh_axes(names, rules)
   for i, (size, target) in enumerate(zip(shape, spec, strict=True)):
     if size % _size(mesh, target):
+      # The activations that the parameter makes have to be whole as well.
+      whole = tuple((n, None) for n in (names[i], f"act_{names[i]}") if dict(rules).get(n))
       raise ValueError(
-          f"Dimension {i} ({names[i]!r}) of parameter {path!r} has size {size}, which does not "
-          f"divide over {_size(mesh, target)} devices of mesh axes {target}. Change the size, "
-          f"config.mesh, or keep it whole with config.axis_rules=(({names[i]!r}, None),)."
+        f"Dimension {i} ({names[i]!r}) of parameter {path!r} has size {size}, which does not "
+        f"divide over {_size(mesh, target)} devices of mesh axes {target}. Change the size, "
+        f"config.mesh, or keep it whole with config.axis_rules={whole}."
       )
   return spec

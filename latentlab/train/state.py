@@ -47,8 +47,8 @@ def unbox(params: Params) -> Params:
 def axis_names(params: Params) -> dict[str, tuple[str | None, ...]]:
   """Returns the logical axes of boxed parameters by path; `None` for each unnamed axis."""
   return {
-      path: tuple(x.names) if _is_box(x) else (None,) * x.ndim
-      for path, x in traverse_util.flatten_dict(params, sep="/").items()
+    path: tuple(x.names) if _is_box(x) else (None,) * x.ndim
+    for path, x in traverse_util.flatten_dict(params, sep="/").items()
   }
 
 
@@ -64,8 +64,8 @@ def select(params: Params, patterns: Sequence[str]) -> Params:
     matches = {path for path in flat if re.fullmatch(pattern, path)}
     if not matches:
       raise ValueError(
-          f"trainable {pattern=} matches none of the parameters; it has to match a whole path, "
-          f"such as {sorted(flat)[0]!r}. Paths: {sorted(flat)}."
+        f"trainable {pattern=} matches none of the parameters; it has to match a whole path, "
+        f"such as {sorted(flat)[0]!r}. Paths: {sorted(flat)}."
       )
     kept |= matches
   return traverse_util.unflatten_dict({p: x for p, x in flat.items() if p in kept}, sep="/")

@@ -26,22 +26,22 @@ def init_state(task: Task, key: Key[Array, ""], *, ema_decay: float | None = Non
   params = unbox(task.init(init_key))
   _check_groups(task.groups, params)
   return TrainState(
-      step=jnp.zeros((), jnp.int32),
-      params=params,
-      opt_states={g.name: g.optimizer.init(select(params, g.trainable)) for g in task.groups},
-      ema=jax.tree.map(lambda x: x.astype(jnp.float32), params) if ema_decay else None,
-      key=run_key,
-      skipped=jnp.zeros((), jnp.int32),
-      total_skipped=jnp.zeros((), jnp.int32),
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    opt_states={g.name: g.optimizer.init(select(params, g.trainable)) for g in task.groups},
+    ema=jax.tree.map(lambda x: x.astype(jnp.float32), params) if ema_decay else None,
+    key=run_key,
+    skipped=jnp.zeros((), jnp.int32),
+    total_skipped=jnp.zeros((), jnp.int32),
   )
 
 
 def make_step(
-    task: Task,
-    *,
-    accumulate_steps: int = 1,
-    ema_decay: float | None = None,
-    axis_name: str | None = None,
+  task: Task,
+  *,
+  accumulate_steps: int = 1,
+  ema_decay: float | None = None,
+  axis_name: str | None = None,
 ) -> Step:
   """Makes the step of a task.
 
@@ -72,7 +72,7 @@ def make_step(
     ok = jnp.array(True)
     for i, group in enumerate(task.groups):
       grads, terms = _gradients(
-          group, state.params, batch, jax.random.fold_in(key, i), accumulate_steps
+        group, state.params, batch, jax.random.fold_in(key, i), accumulate_steps
       )
       if axis_name is not None:
         grads, terms = jax.lax.psum((grads, terms), axis_name)
@@ -82,7 +82,7 @@ def make_step(
 
       trainable = select(state.params, group.trainable)
       updates, opt_states[group.name] = group.optimizer.update(
-          grads, state.opt_states[group.name], trainable
+        grads, state.opt_states[group.name], trainable
       )
       lr = jnp.asarray(group.schedule(state.step), jnp.float32)
       updates = jax.tree.map(lambda u, lr=lr: lr * u, updates)
@@ -99,12 +99,12 @@ def make_step(
     params, opt_states, ema = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)
     skipped = jnp.where(ok, 0, state.skipped + 1)
     state = state.replace(
-        step=state.step + 1,
-        params=params,
-        opt_states=opt_states,
-        ema=ema,
-        skipped=skipped,
-        total_skipped=state.total_skipped + ~ok,
+      step=state.step + 1,
+      params=params,
+      opt_states=opt_states,
+      ema=ema,
+      skipped=skipped,
+      total_skipped=state.total_skipped + ~ok,
     )
     return state, metrics | {"skipped": skipped.astype(jnp.float32)}
 
@@ -119,14 +119,14 @@ def _check_groups(groups: Sequence[Group], params: Params) -> None:
     for path in traverse_util.flatten_dict(select(params, group.trainable), sep="/"):
       if path in owner:
         raise ValueError(
-            f"Groups {owner[path]!r} and {group.name!r} both train {path!r}; "
-            "narrow the trainable patterns of one."
+          f"Groups {owner[path]!r} and {group.name!r} both train {path!r}; "
+          "narrow the trainable patterns of one."
         )
       owner[path] = group.name
 
 
 def _gradients(
-    group: Group, params: Params, batch: Batch, key: Key[Array, ""], accumulate_steps: int
+  group: Group, params: Params, batch: Batch, key: Key[Array, ""], accumulate_steps: int
 ) -> tuple[Params, LossTerms]:
   """Returns the gradient of a batch's total loss, not yet divided by its weight, and the sums."""
 
@@ -157,8 +157,8 @@ def _microbatches(batch: Batch, n: int) -> Batch:
   def cut(x: Array) -> Array:
     if x.shape[0] % n:
       raise ValueError(
-          f"A batch of {x.shape[0]} rows does not divide into "
-          f"optimizer.accumulate_steps={n} microbatches; change batch_size or accumulate_steps."
+        f"A batch of {x.shape[0]} rows does not divide into "
+        f"optimizer.accumulate_steps={n} microbatches; change batch_size or accumulate_steps."
       )
     return x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1)
 
@@ -171,5 +171,5 @@ def _average(state: TrainState, params: Params, ema_decay: float | None) -> Para
   taken = (state.step - state.total_skipped).astype(jnp.float32)
   decay = jnp.minimum(ema_decay, (1 + taken) / (10 + taken))
   return jax.tree.map(
-      lambda mean, x: decay * mean + (1 - decay) * x.astype(jnp.float32), state.ema, params
+    lambda mean, x: decay * mean + (1 - decay) * x.astype(jnp.float32), state.ema, params
   )

@@ -42,7 +42,7 @@ class LossTerms:
   total: Float[Array, ""]
   weight: Float[Array, ""]
   metrics: Mapping[str, tuple[Float[Array, ""], Float[Array, ""]]] = flax.struct.field(
-      default_factory=dict
+    default_factory=dict
   )
 
 
@@ -105,14 +105,14 @@ class LanguageModelTask:
   def loss(self, params: Params, batch: Batch, key: Key[Array, ""]) -> LossTerms:
     weights = batch["weights"]
     nll: Float[Array, "B T"] = self.model.apply(
-        {"params": params},
-        batch["inputs"],
-        batch["targets"],
-        positions=batch["positions"],
-        segment_ids=batch["segment_ids"],
-        deterministic=False,
-        rngs={"dropout": key},
-        method="token_losses",
+      {"params": params},
+      batch["inputs"],
+      batch["targets"],
+      positions=batch["positions"],
+      segment_ids=batch["segment_ids"],
+      deterministic=False,
+      rngs={"dropout": key},
+      method="token_losses",
     )
     return LossTerms(total=jnp.sum(nll * weights), weight=jnp.sum(weights))
 
@@ -122,8 +122,8 @@ def _language_model(config: ml_collections.ConfigDict, vocab_size: int) -> Langu
   limit, length = model_config.context_limit, config.get("data", {}).get("seq_length", 0)
   if limit is not None and length > limit:
     raise ValueError(
-        f"config.data.seq_length={length} is longer than config.model.max_length={limit}, up to "
-        "which learned positions have vectors; raise max_length or shorten seq_length."
+      f"config.data.seq_length={length} is longer than config.model.max_length={limit}, up to "
+      "which learned positions have vectors; raise max_length or shorten seq_length."
     )
   return LanguageModelTask(LanguageModel(model_config), config)
 

@@ -14,25 +14,25 @@ Implementation = Literal["xla", "parallel", "recurrent"]
 
 # One that cannot serve its arguments raises NotImplementedError, with the reason.
 IMPLEMENTATIONS = {
-    "xla": reference.chunkwise,
-    "parallel": reference.parallel,
-    "recurrent": reference.recurrent,
+  "xla": reference.chunkwise,
+  "parallel": reference.parallel,
+  "recurrent": reference.recurrent,
 }
 
 _DEFAULTS = {"cpu": ("xla",), "gpu": ("xla",), "tpu": ("xla",)}
 
 
 def retention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K V"],
-    log_decay: Float[Array, "N"] | Float[Array, "B T N"],
-    *,
-    initial_state: Float[Array, "B N H V"] | None = None,
-    lengths: Int[Array, "B"] | None = None,
-    segment_ids: Int[Array, "B T"] | None = None,
-    chunk_size: int | None = None,
-    implementation: Implementation | Sequence[Implementation] | None = None,
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B T K H"],
+  v: Float[Array, "B T K V"],
+  log_decay: Float[Array, "N"] | Float[Array, "B T N"],
+  *,
+  initial_state: Float[Array, "B N H V"] | None = None,
+  lengths: Int[Array, "B"] | None = None,
+  segment_ids: Int[Array, "B T"] | None = None,
+  chunk_size: int | None = None,
+  implementation: Implementation | Sequence[Implementation] | None = None,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B N H V"]]:
   """Retention over `T` tokens: `S_t = exp(g_t) S_{t-1} + k_t^T v_t`, `o_t = q_t S_t`.
 
@@ -66,7 +66,8 @@ def retention(
   for name in names:
     try:
       out = IMPLEMENTATIONS[name](
-          q, k, v, log_decay, initial_state, lengths, segment_ids, chunk_size)
+        q, k, v, log_decay, initial_state, lengths, segment_ids, chunk_size
+      )
     except NotImplementedError as e:  # "Not these inputs"; every other error escapes.
       refusals.append(e)
     else:
@@ -76,11 +77,11 @@ def retention(
 
 
 def retention_step(
-    q: Float[Array, "B N H"],
-    k: Float[Array, "B K H"],
-    v: Float[Array, "B K V"],
-    log_decay: Float[Array, "N"] | Float[Array, "B N"],
-    state: Float[Array, "B N H V"],
+  q: Float[Array, "B N H"],
+  k: Float[Array, "B K H"],
+  v: Float[Array, "B K V"],
+  log_decay: Float[Array, "N"] | Float[Array, "B N"],
+  state: Float[Array, "B N H V"],
 ) -> tuple[Float[Array, "B N V"], Float[Array, "B N H V"]]:
   """Retention over one token, for decoding: `retention` of `T = 1` without its length axis.
 
@@ -100,20 +101,23 @@ def _check_arguments(q, k, v, log_decay, initial_state, lengths, segment_ids, ch
     raise ValueError(f"q, k and v are laid out B T N H, not {q.shape=} {k.shape=} {v.shape=}.")
   (batch, length, heads, head_dim), (kv_heads, value_dim) = q.shape, v.shape[2:]
   if heads % kv_heads:
-    raise ValueError(f"Query heads share key heads evenly; make {q.shape[2]=} a multiple of "
-                     f"{v.shape[2]=}.")
+    raise ValueError(
+      f"Query heads share key heads evenly; make {q.shape[2]=} a multiple of {v.shape[2]=}."
+    )
   expected = {
-      "k": (k, [(batch, length, kv_heads, head_dim)]),
-      "v": (v, [(batch, length, kv_heads, value_dim)]),
-      "log_decay": (log_decay, [(heads,), (batch, length, heads)]),
-      "initial_state": (initial_state, [(batch, heads, head_dim, value_dim)]),
-      "lengths": (lengths, [(batch,)]),
-      "segment_ids": (segment_ids, [(batch, length)]),
+    "k": (k, [(batch, length, kv_heads, head_dim)]),
+    "v": (v, [(batch, length, kv_heads, value_dim)]),
+    "log_decay": (log_decay, [(heads,), (batch, length, heads)]),
+    "initial_state": (initial_state, [(batch, heads, head_dim, value_dim)]),
+    "lengths": (lengths, [(batch,)]),
+    "segment_ids": (segment_ids, [(batch, length)]),
   }
   for name, (array, shapes) in expected.items():
     if array is not None and array.shape not in shapes:
-      raise ValueError(f"{name} has shape {array.shape}; with {q.shape=} and {v.shape=} it must be "
-                       f"{' or '.join(map(str, shapes))}.")
+      raise ValueError(
+        f"{name} has shape {array.shape}; with {q.shape=} and {v.shape=} it must be "
+        f"{' or '.join(map(str, shapes))}."
+      )
   for name, array in (("lengths", lengths), ("segment_ids", segment_ids)):
     if array is not None and not jnp.issubdtype(array.dtype, jnp.integer):
       raise ValueError(f"{name} counts or names tokens; {array.dtype=} must be an integer type.")

@@ -18,14 +18,14 @@ DEFAULT_CHUNK_SIZE = 64  # The fastest on CPUs, forward and backward.
 
 
 def chunkwise(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K V"],
-    log_decay: Float[Array, "N"] | Float[Array, "B T N"],
-    initial_state: Float[Array, "B N H V"] | None = None,
-    lengths: Int[Array, "B"] | None = None,
-    segment_ids: Int[Array, "B T"] | None = None,
-    chunk_size: int | None = None,
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B T K H"],
+  v: Float[Array, "B T K V"],
+  log_decay: Float[Array, "N"] | Float[Array, "B T N"],
+  initial_state: Float[Array, "B N H V"] | None = None,
+  lengths: Int[Array, "B"] | None = None,
+  segment_ids: Int[Array, "B T"] | None = None,
+  chunk_size: int | None = None,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B N H V"]]:
   """Eq. 7: quadratic within chunks, all of them at once; a scan carries the state across them.
 
@@ -62,15 +62,19 @@ def chunkwise(
 
   visible = np.tri(chunk, dtype=bool)
   if segment_ids is not None:
-    runs = split(jnp.cumsum(_starts(segment_ids, valid), 1), mode="edge")                # M B C
+    runs = split(jnp.cumsum(_starts(segment_ids, valid), 1), mode="edge")  # M B C
     before = jnp.pad(runs[:-1, :, -1], ((1, 0), (0, 0)))  # The initial state is of the first run.
     visible = (visible & (runs[..., :, None] == runs[..., None, :]))[:, :, None, None]
     enter = jnp.where((runs == before[..., None])[:, :, None, None], enter, 0)
   inner = jnp.where(visible, inner, 0)
   leave, carry = inner[..., -1, :], enter[..., -1]
 
-  update = jnp.einsum("mbkgch,mbkcv->mbkghv", (k[:, :, :, None] * leave[..., None]).astype(k.dtype),
-                      v, preferred_element_type=dtype)
+  update = jnp.einsum(
+    "mbkgch,mbkcv->mbkghv",
+    (k[:, :, :, None] * leave[..., None]).astype(k.dtype),
+    v,
+    preferred_element_type=dtype,
+  )
   carry = jnp.broadcast_to(carry, update.shape[:4])[..., None, None]
   if initial_state is None:
     state = jnp.zeros_like(update[0])
@@ -80,22 +84,23 @@ def chunkwise(
   state, entering = jax.lax.scan(lambda s, x: (x[0] * s + x[1], s), state, (carry, update))
 
   scores = jnp.einsum("mbkgch,mbkdh->mbkgcd", q, k, preferred_element_type=dtype) * inner
-  out = jnp.einsum("mbkgcd,mbkdv->mbkgcv", scores.astype(out_dtype), v,
-                   preferred_element_type=dtype)
+  out = jnp.einsum(
+    "mbkgcd,mbkdv->mbkgcv", scores.astype(out_dtype), v, preferred_element_type=dtype
+  )
   out += jnp.einsum("mbkgch,mbkghv->mbkgcv", q * enter[..., None], entering)
   out = out.astype(out_dtype).transpose(1, 0, 4, 2, 3, 5).reshape(batch, -1, heads, value_dim)
   return out[:, :length], state.reshape(batch, heads, head_dim, value_dim)
 
 
 def parallel(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K V"],
-    log_decay: Float[Array, "N"] | Float[Array, "B T N"],
-    initial_state: Float[Array, "B N H V"] | None = None,
-    lengths: Int[Array, "B"] | None = None,
-    segment_ids: Int[Array, "B T"] | None = None,
-    chunk_size: int | None = None,
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B T K H"],
+  v: Float[Array, "B T K V"],
+  log_decay: Float[Array, "N"] | Float[Array, "B T N"],
+  initial_state: Float[Array, "B N H V"] | None = None,
+  lengths: Int[Array, "B"] | None = None,
+  segment_ids: Int[Array, "B T"] | None = None,
+  chunk_size: int | None = None,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B N H V"]]:
   """Eq. 5, `(Q K^T * D) V`: quadratic in T, whatever the chunk size asked for."""
   del chunk_size
@@ -103,14 +108,14 @@ def parallel(
 
 
 def recurrent(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K V"],
-    log_decay: Float[Array, "N"] | Float[Array, "B T N"],
-    initial_state: Float[Array, "B N H V"] | None = None,
-    lengths: Int[Array, "B"] | None = None,
-    segment_ids: Int[Array, "B T"] | None = None,
-    chunk_size: int | None = None,
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B T K H"],
+  v: Float[Array, "B T K V"],
+  log_decay: Float[Array, "N"] | Float[Array, "B T N"],
+  initial_state: Float[Array, "B N H V"] | None = None,
+  lengths: Int[Array, "B"] | None = None,
+  segment_ids: Int[Array, "B T"] | None = None,
+  chunk_size: int | None = None,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B N H V"]]:
   """Eq. 6, a scan over tokens, whatever the chunk size asked for."""
   del chunk_size
@@ -136,11 +141,11 @@ def recurrent(
 
 
 def retention_step(
-    q: Float[Array, "B N H"],
-    k: Float[Array, "B K H"],
-    v: Float[Array, "B K V"],
-    log_decay: Float[Array, "N"] | Float[Array, "B N"],
-    state: Float[Array, "B N H V"],
+  q: Float[Array, "B N H"],
+  k: Float[Array, "B K H"],
+  v: Float[Array, "B K V"],
+  log_decay: Float[Array, "N"] | Float[Array, "B N"],
+  state: Float[Array, "B N H V"],
 ) -> tuple[Float[Array, "B N V"], Float[Array, "B N H V"]]:
   """One token of eq. 6: `S = exp(g) S + k^T v`, `o = q S`."""
   dtype, groups = state_dtype(v.dtype), q.shape[1] // k.shape[1]
@@ -160,21 +165,19 @@ def _valid(lengths: Int[Array, "B"], length: int) -> Bool[Array, "B T"]:
   return jnp.arange(length) < lengths[:, None]
 
 
-def _starts(
-    segment_ids: Int[Array, "B T"], valid: Bool[Array, "B T"] | None
-) -> Bool[Array, "B T"]:
+def _starts(segment_ids: Int[Array, "B T"], valid: Bool[Array, "B T"] | None) -> Bool[Array, "B T"]:
   """Where the id changes. An id that returns later is a new document; padding starts none."""
   starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
   return starts if valid is None else starts & valid
 
 
 def _fixed_decay(
-    log_decay: Float[Array, "K G"], ends: Int[Array, "#B"] | np.ndarray, num_chunks: int, chunk: int
+  log_decay: Float[Array, "K G"], ends: Int[Array, "#B"] | np.ndarray, num_chunks: int, chunk: int
 ) -> tuple[Float[Array, "M #B K G C C"], Float[Array, "M #B K G C"]]:
   """`inner` and `enter` of chunks whose local positions stop at the last valid token."""
-  counts = (ends - chunk * np.arange(num_chunks)[:, None]).clip(0, chunk)                  # M B
+  counts = (ends - chunk * np.arange(num_chunks)[:, None]).clip(0, chunk)  # M B
   token = np.minimum if isinstance(counts, np.ndarray) else jnp.minimum
-  token = token(np.arange(chunk), counts[..., None] - 1)[:, :, None, None]           # M B 1 1 C
+  token = token(np.arange(chunk), counts[..., None] - 1)[:, :, None, None]  # M B 1 1 C
 
   def power(log_decay, gap):
     # No `-inf * 0` at gap 0: a NaN that a mask hides still poisons the gradient.
@@ -185,7 +188,7 @@ def _fixed_decay(
 
 
 def _token_decay(
-    log_decay: Float[Array, "M B K G C"],
+  log_decay: Float[Array, "M B K G C"],
 ) -> tuple[Float[Array, "M B K G C C"], Float[Array, "M B K G C"]]:
   """`inner` and `enter` from sums over `(j, i]`: a difference of totals loses them to `-inf`."""
   chunk = log_decay.shape[-1]

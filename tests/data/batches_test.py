@@ -26,8 +26,12 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def fields(folder, tmp_path_factory):
-  return dict(path=str(folder), seq_length=SEQ, validation_fraction=0.2,
-              cache_dir=str(tmp_path_factory.mktemp("cache")))
+  return dict(
+    path=str(folder),
+    seq_length=SEQ,
+    validation_fraction=0.2,
+    cache_dir=str(tmp_path_factory.mktemp("cache")),
+  )
 
 
 SYNTHETIC = dict(source="synthetic", task="associative_recall", seq_length=SEQ)
@@ -47,8 +51,11 @@ def _assert_equal(got, want):
 
 @pytest.fixture(params=["bytes", "bpe", "synthetic"])
 def any_fields(request, fields):
-  return {"bytes": fields, "bpe": fields | dict(tokenizer="bpe", vocab_size=300),
-          "synthetic": SYNTHETIC}[request.param]
+  return {
+    "bytes": fields,
+    "bpe": fields | dict(tokenizer="bpe", vocab_size=300),
+    "synthetic": SYNTHETIC,
+  }[request.param]
 
 
 @pytest.mark.parametrize("packing", ["segments", "stream"])
@@ -88,19 +95,28 @@ def test_rows_against_a_loop(fields, packing):
   got = list(built.eval_batches("validation"))
   rows = {name: np.concatenate([b[name] for b in got]) for name in got[0]}
   for i, begin in enumerate(range(0, len(windows.tokens) - 1, SEQ)):
-    want = _naive_row(tokens[begin:begin + SEQ + 1], 256, 257, packing)
+    want = _naive_row(tokens[begin : begin + SEQ + 1], 256, 257, packing)
     for name, values in want.items():
       assert rows[name][i].tolist() == values, (name, i)
   assert i == windows.num_rows - 1
-  assert not rows["weights"][i + 1:].any() and not rows["segment_ids"][i + 1:].any()
+  assert not rows["weights"][i + 1 :].any() and not rows["segment_ids"][i + 1 :].any()
+
+
+def test_training_learns_where_documents_end(fields):
+  built = data.build(fields, 4)
+  rows = built.training.rows(np.arange(built.training.num_rows))
+  ends = rows["targets"] == built.tokenizer.bos_id
+  assert ends.any() and (rows["weights"][ends] == 1).all()
 
 
 def test_evaluation_weighs_every_raw_byte_once(fields):
   for change in ({}, dict(tokenizer="bpe", vocab_size=300)):
     built = data.build(fields | change, 4)
     for split in ("train", "validation"):
-      weighed = b"".join(built.tokenizer.decode_bytes(b["targets"][b["weights"] > 0])
-                         for b in built.eval_batches(split))
+      weighed = b"".join(
+        built.tokenizer.decode_bytes(b["targets"][b["weights"] > 0])
+        for b in built.eval_batches(split)
+      )
       assert weighed == built.raw_bytes(split)
       assert len(weighed) == built.summary[f"{split}_bytes"]
 
@@ -110,6 +126,12 @@ def test_raw_bytes_are_the_documents(fields, folder):
   together = built.raw_bytes("train") + built.raw_bytes("validation")
   assert len(together) == sum(p.stat().st_size for p in folder.iterdir())
   assert all(p.read_bytes() in together for p in folder.iterdir())
+
+
+def test_the_whole_corpus_behind_a_limited_one(fields):
+  limited = data.build(fields | dict(max_train_bytes=500), 1)
+  assert len(limited.raw_bytes("train")) <= 500
+  assert limited.whole_corpus_bytes() == data.build(fields, 1).raw_bytes("train")
 
 
 def test_raw_bytes_of_a_few_batches(fields):
@@ -160,8 +182,10 @@ def test_rows_do_not_depend_on_the_number_of_processes(any_fields, process_count
 
   want = run(data.build(any_fields, 8))
   parts = [run(data.build(any_fields, 8, p, process_count)) for p in range(process_count)]
-  got = [{name: np.concatenate([b[name] for b in bs]) for name in bs[0]}
-         for bs in zip(*parts, strict=True)]
+  got = [
+    {name: np.concatenate([b[name] for b in bs]) for name in bs[0]}
+    for bs in zip(*parts, strict=True)
+  ]
   _assert_equal(got, want)
 
 
@@ -206,8 +230,12 @@ def test_resume_through_orbax(fields, tmp_path):
     manager.save(3, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(iterator)))
     want = _take(iterator, 4)  # Training goes on while the checkpoint is being written.
     manager.wait_until_finished()
-    restored = manager.restore(3, args=ocp.args.Composite(
-        data=grain.checkpoint.CheckpointRestore(data.build(fields, 4).train_iterator(0))))
+    restored = manager.restore(
+      3,
+      args=ocp.args.Composite(
+        data=grain.checkpoint.CheckpointRestore(data.build(fields, 4).train_iterator(0))
+      ),
+    )
   _assert_equal(_take(restored["data"], 4), want)
 
 
@@ -239,8 +267,11 @@ def test_kill_and_resume(fields, tmp_path):
   def start(steps, hash_seed):
     arguments = [fields["path"], fields["cache_dir"], str(tmp_path), str(steps)]
     return subprocess.Popen(
-        [sys.executable, "-c", _RUN, *arguments], stdout=subprocess.PIPE, text=True,
-        env=os.environ | {"PYTHONPATH": ":".join(sys.path), "PYTHONHASHSEED": hash_seed})
+      [sys.executable, "-c", _RUN, *arguments],
+      stdout=subprocess.PIPE,
+      text=True,
+      env=os.environ | {"PYTHONPATH": ":".join(sys.path), "PYTHONHASHSEED": hash_seed},
+    )
 
   seen = {}
   with start(10**6, "1") as process:
@@ -270,11 +301,11 @@ def test_seen_bytes(fields):
   for count in range(1, n // 4 + 3):
     for row in next(iterator)["inputs"].tolist():
       begin = number[tuple(row)] * SEQ
-      seen[begin:begin + SEQ + 1] = True
+      seen[begin : begin + SEQ + 1] = True
     assert built.seen_bytes(count, 7) == built.tokenizer.decode_bytes(tokens[seen])
-  assert seen[:n * SEQ + 1].all()
+  assert seen[: n * SEQ + 1].all()
   assert built.seen_bytes(0, 7) == b""
-  assert built.seen_bytes(10**9, 7) == built.tokenizer.decode_bytes(tokens[:n * SEQ + 1])
+  assert built.seen_bytes(10**9, 7) == built.tokenizer.decode_bytes(tokens[: n * SEQ + 1])
 
 
 def test_max_train_bytes(fields):
@@ -301,11 +332,14 @@ def _write(tmp_path, content):
   return dict(path=str(tmp_path / "x.txt"), cache_dir=str(tmp_path / "cache"))
 
 
-@pytest.mark.parametrize(("content", "message"), [
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [
     (b"", "x.txt' is empty"),
     (b"ab\xffcd", "x.txt' is not utf-8: byte 0xff at offset 2"),
     (b"short", "data.seq_length=256 is longer than the training split of .* 5 tokens; shorten"),
-])
+  ],
+)
 def test_bad_corpus(tmp_path, content, message):
   with pytest.raises(ValueError, match=message):
     data.build(_write(tmp_path, content), 4)

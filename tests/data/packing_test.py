@@ -38,11 +38,11 @@ def test_pack():
   weights = [np.array(w) for w in ([5, 0, 1, 1], [5, 0, 0, 1], [5, 2])]
   got = packing.pack(examples, 5, pad_id=0, weights=weights)
   want = {
-      "inputs": [[9, 1, 2, 9, 0], [9, 4, 5, 0, 0]],
-      "targets": [[1, 2, 3, 7, 0], [4, 5, 6, 0, 0]],
-      "positions": [[0, 1, 2, 0, 0], [0, 1, 2, 0, 0]],
-      "segment_ids": [[1, 1, 1, 2, 0], [1, 1, 1, 0, 0]],
-      "weights": [[0, 1, 1, 2, 0], [0, 0, 1, 0, 0]],
+    "inputs": [[9, 1, 2, 9, 0], [9, 4, 5, 0, 0]],
+    "targets": [[1, 2, 3, 7, 0], [4, 5, 6, 0, 0]],
+    "positions": [[0, 1, 2, 0, 0], [0, 1, 2, 0, 0]],
+    "segment_ids": [[1, 1, 1, 2, 0], [1, 1, 1, 0, 0]],
+    "weights": [[0, 1, 1, 2, 0], [0, 0, 1, 0, 0]],
   }
   assert {k: v.tolist() for k, v in got.items()} == want
   assert got["weights"].dtype == np.float32 and got["inputs"].dtype == np.int32

@@ -30,9 +30,15 @@ def test_second_call_finds_the_first_ones_work(config, monkeypatch):
   assert first.path.parent == pathlib.Path(config["cache_dir"])
 
 
-@pytest.mark.parametrize("change", [
-    {"max_train_bytes": 100}, {"validation_fraction": 0.5}, {"tokenizer": "bpe", "vocab_size": 270},
-    {"include": ("1*.txt",)}])
+@pytest.mark.parametrize(
+  "change",
+  [
+    {"max_train_bytes": 100},
+    {"validation_fraction": 0.5},
+    {"tokenizer": "bpe", "vocab_size": 270},
+    {"include": ("1*.txt",)},
+  ],
+)
 def test_other_fields_make_another_file(config, change):
   paths = {prepare.prepare(prepare.DataConfig(**c)).path for c in (config, config | change)}
   assert len(paths) == 2
@@ -77,8 +83,7 @@ def test_output_is_opened_and_checked(config, tmp_path):
   fields = prepare.DataConfig(**config, tokenizer="bpe", vocab_size=270)
   made = prepare.prepare(fields, output=tmp_path / "out.bin")
   for tokenizer, vocab_size in (("", 0), ("bpe", 0), ("bpe", 270)):
-    again = prepare.DataConfig(
-        path=str(made.path), tokenizer=tokenizer, vocab_size=vocab_size)
+    again = prepare.DataConfig(path=str(made.path), tokenizer=tokenizer, vocab_size=vocab_size)
     assert prepare.prepare(again).sha256 == made.sha256
   with pytest.raises(ValueError, match="data.vocab_size=300, but .* vocabulary of 270; set"):
     prepare.prepare(prepare.DataConfig(path=str(made.path), tokenizer="bpe", vocab_size=300))
@@ -87,8 +92,7 @@ def test_output_is_opened_and_checked(config, tmp_path):
   other = prepare.tokenizers.BPETokenizer.train(["an entirely different text"], 262)
   other.save(tmp_path / "other.json")
   with pytest.raises(ValueError, match="other.json', but .* made with 'bpe'"):
-    prepare.prepare(prepare.DataConfig(
-        path=str(made.path), tokenizer=str(tmp_path / "other.json")))
+    prepare.prepare(prepare.DataConfig(path=str(made.path), tokenizer=str(tmp_path / "other.json")))
   with pytest.raises(ValueError, match="max_train_bytes=9 cannot limit a token file"):
     prepare.prepare(prepare.DataConfig(path=str(made.path), tokenizer="", max_train_bytes=9))
   with pytest.raises(ValueError, match="is a token file already"):
@@ -102,7 +106,9 @@ def test_loaded_tokenizer(config, tmp_path):
   assert prepare.prepare(loaded).tokenizer.digest == trained.digest
 
 
-@pytest.mark.parametrize(("change", "message"), [
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
     ({"source": "web"}, r"data.source='web' is unknown; choose from \('standard_library'"),
     ({"packing": "tight"}, "data.packing='tight'"),
     ({"seq_length": 0}, "data.seq_length=0"),
@@ -111,7 +117,8 @@ def test_loaded_tokenizer(config, tmp_path):
     ({"source": "synthetic", "path": "x"}, "has no meaning"),
     ({"sequence_length": 3}, r"no field \['sequence_length'\]; choose from \['source'"),
     ({"source": "path", "path": __file__, "vocab_size": 300}, "data.vocab_size=300, but"),
-])
+  ],
+)
 def test_errors(change, message, tmp_path):
   with pytest.raises(ValueError, match=message):
     fields = ml_collections.ConfigDict(change | {"cache_dir": str(tmp_path)})
@@ -128,9 +135,16 @@ def test_cache_dir(monkeypatch, tmp_path):
 
 def test_binary_killed_and_run_again(config, tmp_path):
   output = tmp_path / "out.bin"
-  command = [sys.executable, "-m", "experiments.prepare", f"--path={config['path']}",
-             "--tokenizer=bpe", "--vocab_size=270", f"--output={output}",
-             f"--cache_dir={config['cache_dir']}"]
+  command = [
+    sys.executable,
+    "-m",
+    "experiments.prepare",
+    f"--path={config['path']}",
+    "--tokenizer=bpe",
+    "--vocab_size=270",
+    f"--output={output}",
+    f"--cache_dir={config['cache_dir']}",
+  ]
   process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
   time.sleep(0.5)
   os.kill(process.pid, signal.SIGKILL)
@@ -138,3 +152,44 @@ def test_binary_killed_and_run_again(config, tmp_path):
   assert not output.with_suffix(".json").exists()
   summary = json.loads(subprocess.run(command, cwd=ROOT, check=True, capture_output=True).stdout)
   assert summary == token_file.read(output, verify=True).summary
+
+
+def test_ids_beyond_the_vocabulary(tmp_path):
+  class Bad(prepare.tokenizers.ByteTokenizer):
+    bos_id = 300
+
+    def to_dict(self):
+      return prepare.tokenizers.ByteTokenizer().to_dict()
+
+  path = token_file.write(tmp_path / "x.bin", Bad(), {"train": ["a"]}, {}).path
+  with pytest.raises(ValueError, match="holds the id 300, but its tokenizer has 258"):
+    prepare.prepare(prepare.DataConfig(path=str(path)))
+
+
+def test_output_is_checked_before_any_work(config, tmp_path, monkeypatch):
+  monkeypatch.setattr(prepare, "_corpus", None)
+  with pytest.raises(ValueError, match="out.v1' must end in '.bin'"):
+    prepare.prepare(prepare.DataConfig(**config), output=tmp_path / "out.v1")
+
+
+def test_binary_fails_with_one_message(config, tmp_path):
+  def run(*arguments):
+    return subprocess.run(
+      [sys.executable, "-m", "experiments.prepare", *arguments],
+      cwd=ROOT,
+      capture_output=True,
+      text=True,
+    )
+
+  output = f"--output={tmp_path / 'out.bin'}"
+  for arguments, message in (
+    (["--pth=x", output], "Unknown flag --pth (did you mean path?); choose among --debug, --sou"),
+    (["--workdir=x", output], "Unknown flag --workdir"),
+    ([], "--output must have a value"),
+    ([f"--path={tmp_path / 'none.txt'}", output], "none.txt"),
+  ):
+    result = run(*arguments)
+    assert result.returncode == 1 and message in result.stderr, result.stderr
+    assert "Traceback" not in result.stderr
+  result = run(f"--path={config['path']}", f"--cache_dir={config['cache_dir']}", output)
+  assert "Encoding texts with bytes" in result.stderr and result.returncode == 0

@@ -32,12 +32,15 @@ def test_jsonl(tmp_path):
   assert _texts(sources.files(tmp_path)) == _texts(sources.files(path))
 
 
-@pytest.mark.parametrize(("line", "message"), [
+@pytest.mark.parametrize(
+  ("line", "message"),
+  [
     ('{"text": "a"', "x.jsonl:2' is not json"),
     ('["a"]', "no string field 'text'"),
     ('{"text": 3}', "no string field 'text'"),
     (r'{"text": "\ud800"}', "not valid unicode"),
-])
+  ],
+)
 def test_bad_jsonl(tmp_path, line, message):
   path = tmp_path / "x.jsonl"
   path.write_text('{"text": "fine"}\n' + line)
@@ -48,8 +51,16 @@ def test_bad_jsonl(tmp_path, line, message):
 def test_standard_library(tmp_path, monkeypatch):
   for folder in ("json", "site-packages/numpy", "__pycache__", "test"):
     (tmp_path / folder).mkdir(parents=True)
-  _write(tmp_path, **{"abc.py": "a", "json/decoder.py": "b", "site-packages/numpy/x.py": "c",
-                      "README": "d", "__pycache__/y.py": "e"})
+  _write(
+    tmp_path,
+    **{
+      "abc.py": "a",
+      "json/decoder.py": "b",
+      "site-packages/numpy/x.py": "c",
+      "README": "d",
+      "__pycache__/y.py": "e",
+    },
+  )
   (tmp_path / "test/bad.py").write_bytes(b"# coding: latin-1\n\xe9")
   monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
   documents, skipped = sources.standard_library()
@@ -70,7 +81,7 @@ def test_single_document_is_cut_as_nanogpt_does(tmp_path):
   corpus = sources.split("x", sources.files(path), 0.1)
   (train,), (validation,) = corpus.splits["train"], corpus.splits["validation"]
   text = path.read_text()
-  assert train.read() == text[:int(0.9 * len(text))]
+  assert train.read() == text[: int(0.9 * len(text))]
   assert train.read() + validation.read() == text
   assert sum(corpus.num_bytes.values()) == len(text.encode())
 

@@ -10,8 +10,9 @@ def _rows(task, seq_length=32, count=3, seed=0):
   iterator = built.train_iterator(seed)
   for _ in range(count):
     batch = next(iterator)
-    for inputs, targets, weights in zip(*(batch[k] for k in ("inputs", "targets", "weights")),
-                                        strict=True):
+    for inputs, targets, weights in zip(
+      *(batch[k] for k in ("inputs", "targets", "weights")), strict=True
+    ):
       assert inputs[0] == built.tokenizer.bos_id
       yield built.tokenizer.decode(targets), built.tokenizer.decode(targets[weights > 0])
 

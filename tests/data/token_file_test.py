@@ -66,8 +66,10 @@ def test_half_of_the_pair_is_missing(file, name):
     token_file.read(other)
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("{", "is not json"), ("[]", "is not the sidecar"), ('{"version": 0}', "is not the sidecar")])
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [("{", "is not json"), ("[]", "is not the sidecar"), ('{"version": 0}', "is not the sidecar")],
+)
 def test_bad_sidecar(file, text, message):
   file.path.with_suffix(".json").write_text(text)
   with pytest.raises(ValueError, match=message):
@@ -113,3 +115,28 @@ def test_wide_vocabulary_takes_four_bytes(tmp_path):
 def test_unknown_split(file):
   with pytest.raises(ValueError, match=r"split='test' .* \['train', 'validation'\]"):
     file.split("test")
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"sha256": None}, r"lacks or spoils \['sha256'\]"),
+    ({"splits": []}, r"lacks or spoils \['splits'\]"),
+    ({"dtype": "O"}, "dtype='O'"),
+    ({"dtype": "<f2"}, "dtype='<f2'"),
+    ({"splits": {"train": {"begin": 0}}}, "split 'train' of"),
+    (
+      {"splits": {"train": dict(begin=0, end=10, num_bytes=1, num_documents=1)}},
+      "does not lie in its 9 tokens",
+    ),
+    ({"splits": {"train": dict(begin=4, end=2, num_bytes=1, num_documents=1)}}, "'train'"),
+    ({"tokenizer": {"model": 3}}, "the tokenizer in .*x.json' cannot be read"),
+  ],
+)
+def test_spoilt_sidecar(file, change, message):
+  sidecar = file.path.with_suffix(".json")
+  layout = {**json.loads(sidecar.read_text()), **change}
+  sidecar.write_text(json.dumps({k: v for k, v in layout.items() if v is not None}))
+  assert token_file.is_token_file(sidecar)
+  with pytest.raises(ValueError, match=message):
+    token_file.read(file.path)

@@ -8,8 +8,10 @@ import tokenizers as hf
 
 from latentlab.data import tokenizers
 
-TEXT = ("def f(x):\n  return x  # naïve café, 東京 🙂\n\n\n\tfor i in range(10): print(i)\n" * 40
-        + "<bos> and <pad> are text here\r\n \n")
+TEXT = (
+  "def f(x):\n  return x  # naïve café, 東京 🙂\n\n\n\tfor i in range(10): print(i)\n" * 40
+  + "<bos> and <pad> are text here\r\n \n"
+)
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +65,17 @@ def test_pieces_do_not_change_the_encoding(bpe, monkeypatch):
 
 
 def test_training_is_deterministic_across_processes(bpe):
-  code = ("from latentlab.data import tokenizers; import sys; "
-          "print(tokenizers.BPETokenizer.train([sys.argv[1], 'print(range(10))'], 300).digest)")
-  out = subprocess.run([sys.executable, "-c", code, TEXT], capture_output=True, text=True,
-                       check=True, env={"PYTHONHASHSEED": "7", "PYTHONPATH": ":".join(sys.path)})
+  code = (
+    "from latentlab.data import tokenizers; import sys; "
+    "print(tokenizers.BPETokenizer.train([sys.argv[1], 'print(range(10))'], 300).digest)"
+  )
+  out = subprocess.run(
+    [sys.executable, "-c", code, TEXT],
+    capture_output=True,
+    text=True,
+    check=True,
+    env={"PYTHONHASHSEED": "7", "PYTHONPATH": ":".join(sys.path)},
+  )
   assert out.stdout.strip() == bpe.digest
 
 
@@ -75,20 +84,29 @@ def test_reads_a_file_of_another_release(tmp_path):
   model = hf.Tokenizer(hf.models.BPE())
   model.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
   model.decoder = hf.decoders.ByteLevel()
-  model.train_from_iterator([TEXT], hf.trainers.BpeTrainer(
-      vocab_size=280, special_tokens=["<|endoftext|>"], show_progress=False,
-      initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet()))
+  model.train_from_iterator(
+    [TEXT],
+    hf.trainers.BpeTrainer(
+      vocab_size=280,
+      special_tokens=["<|endoftext|>"],
+      show_progress=False,
+      initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet(),
+    ),
+  )
   model.save(str(tmp_path / "gpt2.json"))
   tokenizer = tokenizers.load(tmp_path / "gpt2.json")
   assert tokenizer.bos_id == tokenizer.pad_id == 0
   assert tokenizer.decode(tokenizer.encode("<|endoftext|>")) == "<|endoftext|>"
 
 
-@pytest.mark.parametrize(("change", "message"), [
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
     ({"decoder": None}, "byte-level BPE"),
     ({"normalizer": {"type": "NFC"}}, "changes the text"),
     ({"added_tokens": []}, "no special token"),
-])
+  ],
+)
 def test_refuses_what_is_not_lossless(bpe, tmp_path, change, message):
   path = tmp_path / "other.json"
   path.write_text(json.dumps(bpe.to_dict() | change))
@@ -105,4 +123,22 @@ def test_errors(tmp_path):
     tokenizers.load("nowhere.json")
   (tmp_path / "bad.json").write_text("{")
   with pytest.raises(ValueError, match="is not json"):
+    tokenizers.load(tmp_path / "bad.json")
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ("[1]", "bad.json' is no tokenizer"),
+    ('{"vocab": {}}', "bad.json' is no tokenizer"),
+    ('{"model": 3}', "bad.json' cannot be read by the tokenizers library"),
+    (
+      '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["b", "c"]]}}',
+      "bad.json' .*Token `b` out of vocabulary",
+    ),
+  ],
+)
+def test_broken_files_are_named(tmp_path, text, message):
+  (tmp_path / "bad.json").write_text(text)
+  with pytest.raises(ValueError, match=message):
     tokenizers.load(tmp_path / "bad.json")

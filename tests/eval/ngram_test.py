@@ -5,11 +5,12 @@ import zlib
 import numpy as np
 import pytest
 
+from latentlab import data as data_lib
 from latentlab.eval import ngram
 
 
 def _counts(data, n):
-  return collections.Counter(data[i:i + n] for i in range(len(data) - n + 1))
+  return collections.Counter(data[i : i + n] for i in range(len(data) - n + 1))
 
 
 def _brute_force(train, order, smoothing):
@@ -46,7 +47,9 @@ def _brute_force(train, order, smoothing):
 
 def _text(seed, size, symbols=b"\x00ab c\xff"):
   rng = np.random.default_rng(seed)
-  return bytes(rng.choice(np.frombuffer(symbols, np.uint8), size, p=[.05, .4, .25, .15, .1, .05]))
+  return bytes(
+    rng.choice(np.frombuffer(symbols, np.uint8), size, p=[0.05, 0.4, 0.25, 0.15, 0.1, 0.05])
+  )
 
 
 @pytest.mark.parametrize("smoothing", ["kneser_ney", "witten_bell"])
@@ -54,8 +57,10 @@ def _text(seed, size, symbols=b"\x00ab c\xff"):
 def test_matches_brute_force(order, smoothing):
   train, text = _text(0, 150), _text(1, 40) + b"never seen \x00\x00\x00\x00\xff\xff\xff\xff"
   probability = _brute_force(train, order, smoothing)
-  bits = [-math.log2(probability(text[max(0, i - order + 1):i], text[i:i + 1]))
-          for i in range(len(text))]
+  bits = [
+    -math.log2(probability(text[max(0, i - order + 1) : i], text[i : i + 1]))
+    for i in range(len(text))
+  ]
   got = ngram.bits_per_byte(train, text, order, smoothing)
   assert got == pytest.approx(np.mean(bits), rel=1e-12)
 
@@ -66,7 +71,7 @@ def test_probabilities_sum_to_one(train, smoothing):
   for context in (b"ab", b"zz"):
     before = 2 * ngram.bits_per_byte(train, context, 3, smoothing)
     after = (3 * ngram.bits_per_byte(train, context + bytes([b]), 3, smoothing) for b in range(256))
-    total = sum(2**(before - bits) for bits in after)
+    total = sum(2 ** (before - bits) for bits in after)
     assert total == pytest.approx(1, rel=1e-9)
 
 
@@ -93,11 +98,31 @@ def test_zlib():
   assert ngram.zlib_bits_per_byte(data) == 8 * len(zlib.compress(data, 9)) / len(data)
 
 
-@pytest.mark.parametrize(("args", "message"), [
-    ((b"abc", b"a", 0), "order=0"), ((b"abc", b"a", 9), "order=9"),
-    ((b"ab", b"a", 3), "len\\(train_bytes\\)=2"), ((b"abc", b"", 1), "len\\(eval_bytes\\)=0"),
+@pytest.mark.parametrize(
+  ("args", "message"),
+  [
+    ((b"abc", b"a", 0), "order=0"),
+    ((b"abc", b"a", 9), "order=9"),
+    ((b"ab", b"a", 3), "len\\(train_bytes\\)=2"),
+    ((b"abc", b"", 1), "len\\(eval_bytes\\)=0"),
     ((b"abc", b"a", 1, "laplace"), "smoothing='laplace'"),
-])
+  ],
+)
 def test_errors(args, message):
   with pytest.raises(ValueError, match=message):
     ngram.bits_per_byte(*args)
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({}, "'synthetic' has no raw bytes"),
+    ({"split": "test"}, "split='test'"),
+    ({"num_batches": 0}, "num_batches=0"),
+    ({"max_batches": -1}, "max_batches=-1"),
+  ],
+)
+def test_an_evaluation_without_text_fails_at_once(fields, message):
+  data = data_lib.build(dict(source="synthetic", seq_length=8), batch_size=2)
+  with pytest.raises(ValueError, match=message):
+    ngram.Evaluator(None, data, None, **{"num_batches": 1, "seed": 0, **fields})

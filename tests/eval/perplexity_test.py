@@ -18,6 +18,8 @@ VOCAB, LENGTH = 258, 12
 class _Bigram(nn.Module):
   """Logits from the last token; a model as far as an evaluator needs one."""
 
+  config = types.SimpleNamespace(context_limit=2 * LENGTH)
+
   @nn.compact
   def token_losses(self, tokens, targets, positions=None, segment_ids=None):
     table = self.param("table", nn.initializers.normal(1.0), (VOCAB, VOCAB))
@@ -33,8 +35,10 @@ def data(tmp_path_factory):
   for i in range(40):
     text = f"Document {i}: h\u00e4lf of it is h\u00e9ld out. " * (1 + i % 5)
     (path / f"{i}.txt").write_text(text)
-  return data_lib.build(dict(path=str(path), seq_length=LENGTH, validation_fraction=0.5,
-                             cache_dir=str(path.parent)), batch_size=8)
+  return data_lib.build(
+    dict(path=str(path), seq_length=LENGTH, validation_fraction=0.5, cache_dir=str(path.parent)),
+    batch_size=8,
+  )
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +52,18 @@ def _compile(fn):
 
 def test_matches_the_definition(data, params):
   evaluator = perplexity.Evaluator(
-      types.SimpleNamespace(model=_Bigram()), data, _compile, num_buckets=3)
+    types.SimpleNamespace(model=_Bigram()), data, _compile, num_buckets=3
+  )
   got = dict(evaluator.run(params))
   nll, position, num_bytes = [], [], 0
   for batch in data.eval_batches("validation"):
     losses = _Bigram().apply(
-        {"params": params}, batch["inputs"], batch["targets"], batch["positions"],
-        method="token_losses")
+      {"params": params},
+      batch["inputs"],
+      batch["targets"],
+      batch["positions"],
+      method="token_losses",
+    )
     valid = batch["weights"] > 0
     nll.append(np.asarray(losses, np.float64)[valid])
     position.append(batch["positions"][valid])
@@ -62,8 +71,11 @@ def test_matches_the_definition(data, params):
   nll, position = np.concatenate(nll), np.concatenate(position)
   assert not (np.array([b["weights"].all() for b in data.eval_batches("validation")])).all()
   assert num_bytes == data.summary["validation_bytes"]  # Every byte is asked once.
-  want = {"loss": nll.mean(), "perplexity": np.exp(nll.mean()),
-          "bits_per_byte": nll.sum() / np.log(2) / num_bytes}
+  want = {
+    "loss": nll.mean(),
+    "perplexity": np.exp(nll.mean()),
+    "bits_per_byte": nll.sum() / np.log(2) / num_bytes,
+  }
   for first in (0, 4, 8):
     inside = (first <= position) & (position < first + 4)
     want[f"position_{first}_{first + 3}"] = nll[inside].mean()
@@ -74,7 +86,8 @@ def test_matches_the_definition(data, params):
 
 def test_uniform_predictions_cost_the_log_of_the_vocabulary(data, params):
   evaluator = perplexity.Evaluator(
-      types.SimpleNamespace(model=_Bigram()), data, _compile, max_batches=1)
+    types.SimpleNamespace(model=_Bigram()), data, _compile, max_batches=1
+  )
   got = dict(evaluator.run({"table": jnp.zeros_like(params["table"])}))
   assert got["perplexity"] == pytest.approx(VOCAB, rel=1e-5)
   assert got["bits_per_byte"] == pytest.approx(np.log2(VOCAB), rel=1e-5)
@@ -88,13 +101,22 @@ def test_runner_names_what_it_measures(data, params):
   assert {"held_out/loss", "held_out/bits_per_byte"} <= evaluation.run(params).keys()
 
 
-@pytest.mark.parametrize("section, message", [
-  (dict(every_steps=1), r"type=None is unknown; choose one of \[.*'perplexity'\]"),
-  (dict(type="perplexity"), "every_steps=None must be a positive"),
-  (dict(type="perplexity", every_steps=1, batches=3), r"\['batches'\]; choose among.*max_batches"),
-  (dict(type="perplexity", every_steps=1, split="test"), "split='test'"),
-  (dict(type="perplexity", every_steps=1, num_buckets=0), "num_buckets=0"),
-], ids=["type", "period", "field", "split", "buckets"])
+@pytest.mark.parametrize(
+  "section, message",
+  [
+    (dict(every_steps=1), r"type=None is unknown; choose one of \[.*'perplexity'\]"),
+    (dict(type="perplexity"), "every_steps=None must be a positive"),
+    (
+      dict(type="perplexity", every_steps=1, batches=3),
+      r"\['batches'\]; choose among.*max_batches",
+    ),
+    (dict(type="perplexity", every_steps=1, split="test"), "split='test'"),
+    (dict(type="perplexity", every_steps=1, num_buckets=0), "num_buckets=0"),
+    (dict(type="perplexity", every_steps=1, max_batches=-1), "max_batches=-1"),
+    (dict(type="perplexity", every_steps=1, seq_length=25), "seq_length=25 .* longer than the 24"),
+  ],
+  ids=["type", "period", "field", "split", "buckets", "batches", "length"],
+)
 def test_bad_sections(data, section, message):
   with pytest.raises(ValueError, match=message):
     eval_lib.build({"x": section}, types.SimpleNamespace(model=_Bigram()), data, _compile)

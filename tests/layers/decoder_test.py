@@ -1,16 +1,19 @@
 """The decoder: what composes, what is refused, and what may change without changing a value."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax import struct
 
 from latentlab.layers import (
   AttentionConfig,
   BlockConfig,
+  Cache,
   Decoder,
   DecoderConfig,
   FeedForwardConfig,
@@ -62,8 +65,7 @@ def test_stages_are_stacked_and_logically_partitioned(key):
   assert np.abs(kernel[0] - kernel[1]).max() > 0
 
 
-@pytest.mark.parametrize(
-  "change", [dict(remat="full"), dict(remat="dots", unroll=None)], ids=str)
+@pytest.mark.parametrize("change", [dict(remat="full"), dict(remat="dots", unroll=None)], ids=str)
 def test_execution_choices_change_no_value(key, change):
   params, _, x = _init(MIXED, key)
   other = dataclasses.replace(MIXED, **change)
@@ -87,8 +89,11 @@ def test_bfloat16_keeps_float32_parameters(key):
 def test_dropout_needs_a_key_and_changes_with_it(key):
   config = dataclasses.replace(MIXED, dropout_rate=0.5)
   params, _, x = _init(config, key)
-  run = jax.jit(lambda seed: Decoder(config).apply(
-    {"params": params}, x, deterministic=False, rngs={"dropout": jax.random.key(seed)})[0])
+  run = jax.jit(
+    lambda seed: Decoder(config).apply(
+      {"params": params}, x, deterministic=False, rngs={"dropout": jax.random.key(seed)}
+    )[0]
+  )
   assert np.abs(run(0) - run(1)).max() > 0.1
   np.testing.assert_array_equal(run(0), run(0))
   still, without = (jax.jit(Decoder(c).apply)({"params": params}, x)[0] for c in (config, MIXED))
@@ -126,8 +131,54 @@ def test_bad_choices_name_their_field(make, field):
 def test_packed_documents_and_a_cache_do_not_mix(key):
   params, _, x = _init(MIXED, key)
   with pytest.raises(ValueError, match="one document a row"):
-    Decoder(MIXED).apply({"params": params}, x, None, jnp.zeros((2, 7), jnp.int32),
-                         MIXED.init_cache(2, 7))
+    Decoder(MIXED).apply(
+      {"params": params}, x, None, jnp.zeros((2, 7), jnp.int32), MIXED.init_cache(2, 7)
+    )
+
+
+@struct.dataclass
+class _Sum(Cache):
+  total: jax.Array
+  count: jax.Array
+
+
+class _Mean(nn.Module):
+  """Mixes tokens by the mean of all so far."""
+
+  @nn.compact
+  def __call__(self, x, context, cache=None):
+    total, count = jnp.cumsum(x, axis=1), jnp.arange(1.0, x.shape[1] + 1)[:, None]
+    if cache is not None:
+      total, count = total + cache.total[:, None], count + cache.count[:, None, None]
+      cache = _Sum(total[:, -1], cache.count + x.shape[1])
+    return total / count, cache
+
+
+@dataclasses.dataclass(frozen=True)
+class _MeanConfig:
+  kind: ClassVar[str] = "mean"
+  positions: PositionConfig = PositionConfig("none")
+
+  def module(self, shared, *, name):
+    return _Mean(name=name)
+
+  def init_cache(self, batch_size, max_length, dtype):
+    return _Sum(jnp.zeros((batch_size, 16), dtype), jnp.zeros((batch_size,)))
+
+  def flops_per_token(self, embed_dim, seq_length):
+    return embed_dim
+
+
+def test_a_mixer_from_outside_needs_no_change_in_here(key):
+  config = dataclasses.replace(
+    MIXED, stages=(Stage((_block(_MeanConfig()), _block(RETENTION)), 2),)
+  )
+  params, _, x = _init(config, key)
+  run = jax.jit(lambda p, x, cache: Decoder(config).apply({"params": p}, x, cache=cache))
+  want, _ = run(params, x, None)
+  first, cache = run(params, x[:, :3], config.init_cache(2, 7))
+  rest, _ = run(params, x[:, 3:], cache)
+  np.testing.assert_allclose(jnp.concatenate([first, rest], 1), want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["rms", "group"])

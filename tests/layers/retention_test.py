@@ -10,10 +10,18 @@ from flax import linen as nn
 
 from latentlab.layers import Context, RetentionConfig, Shared, initializers
 
-BASE = RetentionConfig(num_heads=3, head_dim=8, value_head_dim=12, decay="linspace", gate=False,
-                       head_norm="none", chunk_size=4)
-SHARED = Shared(embed_dim=16, dtype=jnp.float32,
-                init=initializers.make("fan_in", num_layers=1, embed_dim=16))
+BASE = RetentionConfig(
+  num_heads=3,
+  head_dim=8,
+  value_head_dim=12,
+  decay="linspace",
+  gate=False,
+  head_norm="none",
+  chunk_size=4,
+)
+SHARED = Shared(
+  embed_dim=16, dtype=jnp.float32, init=initializers.make("fan_in", num_layers=1, embed_dim=16)
+)
 
 
 def _run(config, params, x, cache=None, start=0):
@@ -57,10 +65,12 @@ def test_normalizations_are_the_papers(key, normalization, decay):
   got, _ = jax.jit(lambda p, x: _run(config, p, x))(params, x)
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
   # And one token at a time, with z carried beside the state.
-  cache, step = config.init_cache(2, 0, jnp.float32), jax.jit(
-    lambda p, x, cache, t: _run(config, p, x, cache, t))
+  cache, step = (
+    config.init_cache(2, 0, jnp.float32),
+    jax.jit(lambda p, x, cache, t: _run(config, p, x, cache, t)),
+  )
   for t in range(x.shape[1]):
-    got, cache = step(params, x[:, t:t + 1], cache, t)
+    got, cache = step(params, x[:, t : t + 1], cache, t)
     np.testing.assert_allclose(got[:, 0], want[:, t], rtol=1e-4, atol=1e-4 * np.abs(want).max())
 
 
@@ -69,8 +79,9 @@ def test_normalizations_agree_behind_a_norm_without_epsilon(key, head_norm):
   x = jax.random.normal(key, (2, 11, 16))
   outs = []
   for normalization in ("none", "decay", "paper"):
-    config = dataclasses.replace(BASE, normalization=normalization, head_norm=head_norm,
-                                 head_norm_eps=0.0)
+    config = dataclasses.replace(
+      BASE, normalization=normalization, head_norm=head_norm, head_norm_eps=0.0
+    )
     params = _params(config, key, x)
     outs.append(_run(config, params, x)[0])
   np.testing.assert_allclose(outs[1], outs[0], rtol=1e-4, atol=1e-5)

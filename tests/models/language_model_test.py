@@ -26,8 +26,9 @@ VARIANTS = {
   "transformer_xpos": dict(name="transformer", **SIZES, positions="xpos", xpos_scale_base=8.0),
   "transformer_alibi": dict(name="transformer", **SIZES, positions="alibi"),
   "transformer_sinusoidal": dict(name="transformer", **SIZES, positions="sinusoidal"),
-  "transformer_learned": dict(name="transformer", **SIZES, positions="learned", max_length=32,
-                              tie_embeddings=True),
+  "transformer_learned": dict(
+    name="transformer", **SIZES, positions="learned", max_length=32, tie_embeddings=True
+  ),
   "transformer_window": dict(name="transformer", **SIZES, mask="sliding_window", mask_size=3),
   "transformer_blockwise": dict(name="transformer", **SIZES, mask="blockwise_causal", mask_size=3),
   "retnet": dict(name="retnet", **SIZES, chunk_size=4),
@@ -63,12 +64,13 @@ def test_prefill_and_decode_equal_one_pass_at_every_split(key, name):
   want = _one_pass(model, params, tokens[:1])[0]
   lengths = jnp.arange(1, length + 1)
   logits, cache = jax.jit(functools.partial(prefill, model, max_length=2 * length))(
-    params, tokens, lengths)
+    params, tokens, lengths
+  )
   np.testing.assert_allclose(logits, want, rtol=1e-4, atol=1e-4)
   step = jax.jit(functools.partial(decode_step, model))
   for t in range(1, length):
     logits, cache = step(params, tokens[0, (lengths - 1 + t).clip(max=length - 1)], cache)
-    np.testing.assert_allclose(logits[:length - t], want[t:], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(logits[: length - t], want[t:], rtol=1e-4, atol=1e-4)
   assert step._cache_size() == 1  # One program, however long the sequence.
   np.testing.assert_array_equal(cache.lengths, lengths + length - 1)
 
@@ -91,7 +93,8 @@ def test_forked_and_reordered_rows_go_on_as_their_source(key, name):
   tokens = _tokens(key, 2, 6)
   step = jax.jit(functools.partial(decode_step, model))
   _, cache = jax.jit(functools.partial(prefill, model, max_length=9))(
-    params, tokens, jnp.array([6, 3]))
+    params, tokens, jnp.array([6, 3])
+  )
   indices, more = jnp.array([1, 0, 1]), jnp.array([4, 5, 6])
   logits, forked = step(params, more, cache.fork(indices))
   for row, (source, token) in enumerate(zip(indices, more, strict=True)):
@@ -126,8 +129,7 @@ def test_packed_documents_equal_documents_alone(key, name):
   for start, stop in ((0, 4), (4, 9), (9, 11)):
     # Causal models: what follows a document does not matter, so one shape serves all three.
     alone = _one_pass(model, params, jnp.roll(tokens, -start, axis=1))
-    np.testing.assert_allclose(
-      got[:, start:stop], alone[:, :stop - start], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(got[:, start:stop], alone[:, : stop - start], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["transformer", "transformer_xpos", "transformer_alibi", "retnet"])
@@ -166,8 +168,9 @@ def test_losses_and_their_gradients_equal_those_of_the_logits(key, name):
   for m in (model, chunked):
     np.testing.assert_allclose(jax.jit(ours(m))(params), want, rtol=1e-5, atol=1e-5)
     grads = jax.jit(jax.grad(lambda p, m=m: ours(m)(p).mean()))(params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6),
-                 grads, want_grads)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), grads, want_grads
+    )
 
 
 def test_decode_memory_is_constant_for_retnet_and_linear_for_the_transformer():
@@ -192,8 +195,10 @@ def test_positions_beyond_the_learned_ones_are_not_clipped_in_silence(key):
   assert np.isfinite(_one_pass(model, params, _tokens(key, 1, 32))).all()
 
 
-@pytest.mark.parametrize("preset, body", [
-  ("200m", 201e6), ("1b3", 1.21e9), ("2b7", 2.52e9), ("6b7", 6.44e9), ("13b", 12.6e9)])
+@pytest.mark.parametrize(
+  "preset, body",
+  [("200m", 201e6), ("1b3", 1.21e9), ("2b7", 2.52e9), ("6b7", 6.44e9), ("13b", 12.6e9)],
+)
 def test_preset_bodies_have_the_papers_sizes(preset, body):
   counts = {
     name: num_params(build_config(dict(name=name, preset=preset), vocab_size=1000))
@@ -211,19 +216,23 @@ def test_preset_bodies_have_the_papers_sizes(preset, body):
 
 def test_removing_the_gate_reverts_to_the_transformers_split():
   config = build_config(
-    dict(name="retnet", preset="200m", gate=False, value_factor=1.0), vocab_size=10)
+    dict(name="retnet", preset="200m", gate=False, value_factor=1.0), vocab_size=10
+  )
   block = config.decoder.stages[0].pattern[0]
   assert (block.mixer.value_head_dim, block.feed_forward.mlp_dim) == (256, 4096)
   assert num_params(config)["body"] == 12 * 16 * 1024**2
 
 
-@pytest.mark.parametrize("fields, message", [
-  (dict(name="lstm"), r"choose one of \['retnet', 'transformer'\]"),
-  (dict(name="retnet", preset="9b"), "unknown config.model.preset='9b'"),
-  (dict(name="retnet", preset="1b3", num_head=3), "num_heads"),
-  (dict(name="transformer", num_layers=2), r"lacks \['embed_dim', 'num_heads'\]"),
-  (dict(name="transformer", num_layers=1, embed_dim=10, num_heads=3), "num_heads=3"),
-])
+@pytest.mark.parametrize(
+  "fields, message",
+  [
+    (dict(name="lstm"), r"choose one of \['retnet', 'transformer'\]"),
+    (dict(name="retnet", preset="9b"), "unknown config.model.preset='9b'"),
+    (dict(name="retnet", preset="1b3", num_head=3), "num_heads"),
+    (dict(name="transformer", num_layers=2), r"lacks \['embed_dim', 'num_heads'\]"),
+    (dict(name="transformer", num_layers=1, embed_dim=10, num_heads=3), "num_heads=3"),
+  ],
+)
 def test_bad_model_sections_say_what_is_possible(fields, message):
   with pytest.raises(ValueError, match=message):
     build_config(fields, vocab_size=10)

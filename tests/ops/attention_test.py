@@ -13,9 +13,14 @@ from latentlab.ops import Mask
 
 def _inputs(batch=2, length=7, kv_length=7, heads=4, kv_heads=2, dim=3, value_dim=5, seed=0):
   rng = np.random.default_rng(seed)
-  return [rng.normal(size=s) for s in ((batch, length, heads, dim),
-                                       (batch, kv_length, kv_heads, dim),
-                                       (batch, kv_length, kv_heads, value_dim))]
+  return [
+    rng.normal(size=s)
+    for s in (
+      (batch, length, heads, dim),
+      (batch, kv_length, kv_heads, dim),
+      (batch, kv_length, kv_heads, value_dim),
+    )
+  ]
 
 
 def _naive(q, k, v, visible, bias=0.0):
@@ -35,7 +40,8 @@ def _naive(q, k, v, visible, bias=0.0):
 
 def _check(args, visible, bias=0.0, **options):
   out, lse = jax.jit(lambda *a: ops.attention(*a, return_lse=True, **options))(
-      *(jnp.asarray(x, jnp.float32) for x in args))
+    *(jnp.asarray(x, jnp.float32) for x in args)
+  )
   want_out, want_lse = _naive(*args, visible, bias)
   np.testing.assert_allclose(out, want_out, atol=1e-5)
   np.testing.assert_allclose(lse, want_lse, atol=1e-5)
@@ -45,52 +51,87 @@ def _check(args, visible, bias=0.0, **options):
 QUERY, KEY = np.arange(7)[:, None], np.arange(7)
 
 
-@pytest.mark.parametrize("mask,visible", [
-    (Mask("full"), QUERY == QUERY + 0 * KEY), (Mask("causal"), KEY <= QUERY),
+@pytest.mark.parametrize(
+  "mask,visible",
+  [
+    (Mask("full"), QUERY == QUERY + 0 * KEY),
+    (Mask("causal"), KEY <= QUERY),
     (Mask("sliding_window", 3), (KEY <= QUERY) & (QUERY - KEY < 3)),
     (Mask("blockwise_causal", 2), (KEY <= QUERY) & (QUERY // 2 - KEY // 2 <= 1)),
-], ids=["full", "causal", "sliding_window", "blockwise_causal"])
+  ],
+  ids=["full", "causal", "sliding_window", "blockwise_causal"],
+)
 def test_masks(mask, visible):
   _check(_inputs(), visible, mask=mask)
 
 
 def test_positions_segments_and_cache_slots():
   args = _inputs(length=3, kv_length=9)
-  positions, kv_positions = np.array([[4, 5, 6], [0, 8, 9]]), np.random.default_rng(0).permutation(
-      np.arange(18)).reshape(2, 9)
+  positions, kv_positions = (
+    np.array([[4, 5, 6], [0, 8, 9]]),
+    np.random.default_rng(0).permutation(np.arange(18)).reshape(2, 9),
+  )
   ids, kv_ids = np.array([[1, 1, 2], [0, 0, 0]]), np.array([[1] * 5 + [2] * 4, [0] * 6 + [3] * 3])
   valid = np.arange(9) < np.array([[8], [4]])
-  visible = ((kv_positions[:, None] <= positions[..., None]) & valid[:, None]
-             & (kv_ids[:, None] == ids[..., None]))
+  visible = (
+    (kv_positions[:, None] <= positions[..., None])
+    & valid[:, None]
+    & (kv_ids[:, None] == ids[..., None])
+  )
   assert visible.any() and not visible.any(-1).all()
-  _check(args, visible, positions=jnp.asarray(positions), kv_positions=jnp.asarray(kv_positions),
-         segment_ids=jnp.asarray(ids), kv_segment_ids=jnp.asarray(kv_ids),
-         kv_valid=jnp.asarray(valid))
+  _check(
+    args,
+    visible,
+    positions=jnp.asarray(positions),
+    kv_positions=jnp.asarray(kv_positions),
+    segment_ids=jnp.asarray(ids),
+    kv_segment_ids=jnp.asarray(kv_ids),
+    kv_valid=jnp.asarray(valid),
+  )
 
 
 def test_biases_and_slopes():
   args, slopes = _inputs(), np.asarray(ops.alibi_slopes(4), np.float64)
   key_bias = np.random.default_rng(1).normal(size=(2, 7))
   bias = key_bias[:, None, None] - slopes[:, None, None] * (QUERY - KEY)
-  _check(args, KEY <= QUERY, bias, key_bias=jnp.asarray(key_bias, jnp.float32),
-         slopes=ops.alibi_slopes(4))
+  _check(
+    args,
+    KEY <= QUERY,
+    bias,
+    key_bias=jnp.asarray(key_bias, jnp.float32),
+    slopes=ops.alibi_slopes(4),
+  )
   hidden = np.where(np.arange(7) == 2, -np.inf, key_bias)
-  _check(args, (KEY <= QUERY) & (KEY != 2), key_bias[:, None, None],
-         key_bias=jnp.asarray(hidden, jnp.float32))
+  _check(
+    args,
+    (KEY <= QUERY) & (KEY != 2),
+    key_bias[:, None, None],
+    key_bias=jnp.asarray(hidden, jnp.float32),
+  )
 
 
-@pytest.mark.parametrize("encode", [
-    lambda x, positions, role: x, lambda x, positions, role: ops.apply_rope(x, positions),
-    lambda x, positions, role: ops.apply_xpos(x, positions, role=role)],
-    ids=["alibi", "rope", "xpos"])
+@pytest.mark.parametrize(
+  "encode",
+  [
+    lambda x, positions, role: x,
+    lambda x, positions, role: ops.apply_rope(x, positions),
+    lambda x, positions, role: ops.apply_xpos(x, positions, role=role),
+  ],
+  ids=["alibi", "rope", "xpos"],
+)
 def test_padding_on_either_side_changes_nothing(encode):
   args = [jnp.asarray(x, jnp.float32) for x in _inputs(dim=4)]
 
   @jax.jit
   def run(q, k, v, valid):
     positions = jnp.arange(q.shape[1])[None]
-    return ops.attention(encode(q, positions, "query"), encode(k, positions, "key"), v,
-                         slopes=ops.alibi_slopes(4), kv_valid=valid)
+    return ops.attention(
+      encode(q, positions, "query"),
+      encode(k, positions, "key"),
+      v,
+      slopes=ops.alibi_slopes(4),
+      kv_valid=valid,
+    )
 
   padded = [jnp.pad(x, ((0, 0), (3, 2), (0, 0), (0, 0)), constant_values=9.0) for x in args]
   valid = jnp.broadcast_to((jnp.arange(12) >= 3) & (jnp.arange(12) < 10), (2, 12))
@@ -114,23 +155,34 @@ def test_gradients_match_float64_autodiff_and_survive_blind_rows():
     return jnp.sum(out * weights) + jnp.sum(jnp.delete(lse, 3, 1))
 
   def ours(q, k, v, key_bias, slopes):
-    out, lse = ops.attention(q, k, v, mask=Mask("full"), allowed=jnp.asarray(visible)[None],
-                             key_bias=key_bias, slopes=slopes, return_lse=True)
+    out, lse = ops.attention(
+      q,
+      k,
+      v,
+      mask=Mask("full"),
+      allowed=jnp.asarray(visible)[None],
+      key_bias=key_bias,
+      slopes=slopes,
+      return_lse=True,
+    )
     return jnp.sum(out * weights) + jnp.sum(jnp.delete(lse, 3, 1))
 
   args = [*args, key_bias, np.array([0.5, 0.25, 0.1, 0.0])]
   with jax.enable_x64(True):
     want, grads = jax.jit(jax.value_and_grad(naive, range(5)))(*map(jnp.asarray, args))
   got, got_grads = jax.jit(jax.value_and_grad(ours, range(5)))(
-      *(jnp.asarray(x, jnp.float32) for x in args))
+    *(jnp.asarray(x, jnp.float32) for x in args)
+  )
   np.testing.assert_allclose(got, want, rtol=1e-5)
   for a, b in zip(got_grads, grads, strict=True):
     np.testing.assert_allclose(a, b, atol=2e-5)
 
 
 def _xpos(q, k, q_positions, k_positions):
-  return (ops.apply_xpos(q, q_positions, role="query", scale_base=4),
-          ops.apply_xpos(k, k_positions, role="key", scale_base=4))
+  return (
+    ops.apply_xpos(q, q_positions, role="query", scale_base=4),
+    ops.apply_xpos(k, k_positions, role="key", scale_base=4),
+  )
 
 
 @pytest.mark.parametrize("length", [1, 3, 6, 7, 23])
@@ -147,12 +199,11 @@ def test_blockwise_causal_equals_windows_with_their_own_positions(length):
   @jax.jit
   def windowed(q, k, v):
     blocks, local = -(-length // h), jnp.arange(2 * h)[None]
-    pad = lambda x, left: jnp.pad(
-        x, ((0, 0), (left, blocks * h - length), (0, 0), (0, 0)))
+    pad = lambda x, left: jnp.pad(x, ((0, 0), (left, blocks * h - length), (0, 0), (0, 0)))
     outs = []
     for b in range(blocks):
-      k_b, v_b = (pad(x, h)[:, b * h:(b + 2) * h] for x in (k, v))
-      q_b, k_b = _xpos(pad(q, 0)[:, b * h:(b + 1) * h], k_b, local[:, h:], local)
+      k_b, v_b = (pad(x, h)[:, b * h : (b + 2) * h] for x in (k, v))
+      q_b, k_b = _xpos(pad(q, 0)[:, b * h : (b + 1) * h], k_b, local[:, h:], local)
       valid = jnp.broadcast_to(local + (b - 1) * h >= 0, (2, 2 * h))
       outs.append(ops.attention(q_b, k_b, v_b, positions=local[:, h:], kv_valid=valid))
     return jnp.concatenate(outs, 1)[:, :length]
@@ -170,10 +221,10 @@ def test_blockwise_causal_equals_a_cache_that_drops_half_before_it_overflows():
   step = jax.jit(lambda *a, valid: ops.attention(*a, mask=Mask("full"), kv_valid=valid))
   cache = []
   for t in range(length):
-    cache = cache[h if len(cache) == 2 * h else 0:] + [t]
+    cache = cache[h if len(cache) == 2 * h else 0 :] + [t]
     slots = np.array(cache + [0] * (2 * h - len(cache)))
     valid = jnp.asarray(np.arange(2 * h)[None] < len(cache))
-    out = step(q[:, t:t + 1], k[:, slots], v[:, slots], valid=valid)
+    out = step(q[:, t : t + 1], k[:, slots], v[:, slots], valid=valid)
     np.testing.assert_allclose(out[:, 0], want[:, t], atol=1e-5)
 
 
@@ -205,8 +256,18 @@ def test_segment_bias():
   np.testing.assert_array_equal(got, [[1, 2, 2], [2, 0, 0]])
 
 
-@pytest.mark.parametrize("arguments", [
-    ("sliding_window",), ("blockwise_causal", 0), ("causal", 4), ("banded",)])
+@pytest.mark.parametrize(
+  "arguments", [("sliding_window",), ("blockwise_causal", 0), ("causal", 4), ("banded",)]
+)
 def test_masks_validate_themselves(arguments):
   with pytest.raises(ValueError, match="kind=|size="):
     Mask(*arguments)
+
+
+@pytest.mark.parametrize("bias", [-1e30, float(np.finfo(np.float32).min)])
+def test_hidden_keys_get_nothing_however_low_the_visible_ones_are(bias):
+  q = k = jax.random.normal(jax.random.key(0), (1, 3, 1, 4))
+  v = jax.random.normal(jax.random.key(1), (1, 3, 1, 4))
+  out, lse = ops.attention(q, k, v, key_bias=jnp.full((1, 3), bias), return_lse=True)
+  np.testing.assert_allclose(out[0, 0], v[0, 0], rtol=1e-6)
+  assert np.isfinite(lse).all()

@@ -26,8 +26,10 @@ def _zeta(dim, gamma=0.4):
   return (np.arange(dim // 2) / (dim / 2) + gamma) / (1 + gamma)
 
 
-@pytest.mark.parametrize("grid,theta", [
-    ("rope", 10000.0 ** -(np.arange(4) / 4)), ("linspace", 10000.0 ** -(np.arange(4) / 3))])
+@pytest.mark.parametrize(
+  "grid,theta",
+  [("rope", 10000.0 ** -(np.arange(4) / 4)), ("linspace", 10000.0 ** -(np.arange(4) / 3))],
+)
 def test_rope_is_a_complex_rotation_at_any_position(grid, theta):
   positions = np.array([0, 1, -7, 4095, 123_457, 20_000_003])
   got = ops.apply_rope(jnp.asarray(_x(), jnp.float32), jnp.asarray(positions)[None], grid=grid)
@@ -50,7 +52,8 @@ def test_layouts_agree_after_a_permutation():
   order = np.concatenate([np.arange(0, 8, 2), np.arange(1, 8, 2)])
   for apply in (ops.apply_rope, lambda *a, **o: ops.apply_xpos(*a, role="key", **o)):
     np.testing.assert_array_equal(
-        apply(x[..., order], positions, layout="half"), apply(x, positions)[..., order])
+      apply(x[..., order], positions, layout="half"), apply(x, positions)[..., order]
+    )
 
 
 def test_xpos_limits():
@@ -64,8 +67,11 @@ def test_xpos_limits():
   np.testing.assert_allclose(decay, want, rtol=1e-5)
   # The same position on both sides is the plain product.
   k = jnp.asarray(_x(seed=1), jnp.float32)
-  got = jnp.sum(ops.apply_xpos(x, positions, role="query", scale_base=4)
-                * ops.apply_xpos(k, positions, role="key", scale_base=4), -1)
+  got = jnp.sum(
+    ops.apply_xpos(x, positions, role="query", scale_base=4)
+    * ops.apply_xpos(k, positions, role="key", scale_base=4),
+    -1,
+  )
   np.testing.assert_allclose(got, jnp.sum(x * k, -1), rtol=1e-5, atol=1e-5)
 
 
@@ -82,8 +88,11 @@ def _xpos(role):
 @pytest.mark.parametrize("shift", [1, 17, 1000, 1_000_000])
 def test_rope_scores_depend_on_distance_alone(shift):
   positions = jnp.array([0, 1, 40, 500, 2000, 2048])
-  np.testing.assert_allclose(_scores(ops.apply_rope, ops.apply_rope, positions + shift),
-                             _scores(ops.apply_rope, ops.apply_rope, positions), atol=1e-5)
+  np.testing.assert_allclose(
+    _scores(ops.apply_rope, ops.apply_rope, positions + shift),
+    _scores(ops.apply_rope, ops.apply_rope, positions),
+    atol=1e-5,
+  )
 
 
 @pytest.mark.parametrize("shift", [1, 17, 1000])
@@ -112,10 +121,16 @@ def test_centers_keep_long_texts_within_range():
   positions = 2**20 + jnp.arange(4)[None]
   tile = jnp.full((1, 1), 2**20)
   q, k = (jnp.asarray(_x(4, seed=s), jnp.float32) for s in (0, 1))
-  far = np.einsum("BTNH,BSNH->BNTS", ops.apply_xpos(q, positions, role="query", center=tile),
-                  ops.apply_xpos(k, positions, role="key", center=tile))
-  near = np.einsum("BTNH,BSNH->BNTS", ops.apply_xpos(q, jnp.arange(4)[None], role="query"),
-                   ops.apply_xpos(k, jnp.arange(4)[None], role="key"))
+  far = np.einsum(
+    "BTNH,BSNH->BNTS",
+    ops.apply_xpos(q, positions, role="query", center=tile),
+    ops.apply_xpos(k, positions, role="key", center=tile),
+  )
+  near = np.einsum(
+    "BTNH,BSNH->BNTS",
+    ops.apply_xpos(q, jnp.arange(4)[None], role="query"),
+    ops.apply_xpos(k, jnp.arange(4)[None], role="key"),
+  )
   np.testing.assert_allclose(far, near, atol=1e-5)
 
 
@@ -135,8 +150,9 @@ def test_expected_score_varies_as_figure_1_says(dim, base, rope, xpos):
   ones = jnp.tile(jnp.array([1.0, 0.0]), dim // 2)[None, None, None]
   distance = jnp.arange(2048)[None]
   for scale_base, want in ((math.inf, rope), (base, xpos)):
-    q = ops.apply_xpos(jnp.broadcast_to(ones, (1, 2048, 1, dim)), distance, role="query",
-                       scale_base=scale_base)
+    q = ops.apply_xpos(
+      jnp.broadcast_to(ones, (1, 2048, 1, dim)), distance, role="query", scale_base=scale_base
+    )
     rises = np.diff(np.asarray(q[0, :, 0, 0::2], np.float64).sum(-1))
     assert np.maximum(rises, 0).sum() == pytest.approx(want, rel=1e-3)
 
@@ -156,10 +172,14 @@ def test_alibi_slopes():
   np.testing.assert_allclose(ops.alibi_slopes(1), [2.0**-8])
 
 
-@pytest.mark.parametrize("call", [
+@pytest.mark.parametrize(
+  "call",
+  [
     lambda x, p: ops.apply_rope(x[..., :7], p),
     lambda x, p: inspect.unwrap(ops.rope_frequencies)(8, grid="log"),
-    lambda x, p: inspect.unwrap(ops.apply_xpos)(x, p, role="value")])
+    lambda x, p: inspect.unwrap(ops.apply_xpos)(x, p, role="value"),
+  ],
+)
 def test_rejects(call):  # Unwrapped, to get past the test suite's shape checks.
   with pytest.raises(ValueError, match="="):
     call(jnp.zeros((1, 6, 2, 8)), jnp.arange(6)[None])

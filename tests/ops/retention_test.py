@@ -21,8 +21,12 @@ def mesh():
 def _inputs(per_token=False):
   rng = np.random.default_rng(0)
   batch, length, heads, kv_heads = 2, 24, 4, 2
-  shapes = ((batch, length, heads, 5), (batch, length, kv_heads, 5), (batch, length, kv_heads, 7),
-            (batch, heads, 5, 7))
+  shapes = (
+    (batch, length, heads, 5),
+    (batch, length, kv_heads, 5),
+    (batch, length, kv_heads, 7),
+    (batch, heads, 5, 7),
+  )
   q, k, v, state = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes)
   log_decay = -rng.exponential(0.2, (batch, length, heads) if per_token else heads)
   log_decay[..., 1] = -np.inf if per_token else 0
@@ -50,21 +54,27 @@ def _unsharded(per_token, padded, packed):
   return args, options, _outputs_and_grads(None, **options)(*args)
 
 
-@pytest.mark.parametrize("spec,per_token,padded,packed", [
+@pytest.mark.parametrize(
+  "spec,per_token,padded,packed",
+  [
     (P("data", None, "tensor"), False, True, True),
     (P("data", None, "tensor"), True, True, True),
     (P("data", "seq", "tensor"), False, False, False),
     (P("data", "seq", "tensor"), False, True, True),
     (P(None, "seq"), True, True, True),
     (P(None, ("data", "tensor", "seq")), False, True, True),
-    (P(None, ("data", "tensor", "seq")), True, False, False)], ids=str)
+    (P(None, ("data", "tensor", "seq")), True, False, False),
+  ],
+  ids=str,
+)
 def test_sharded_equals_unsharded(mesh, spec, per_token, padded, packed):
   args, options, want = _unsharded(per_token, padded, packed)
   with jax.set_mesh(mesh):
     got = _outputs_and_grads(spec, **options)(*args)
   names = (("loss", ("out", "state")), ("dq", "dk", "dv", "dlog_decay", "dstate"))
-  for name, a, b in zip(jax.tree.leaves(names), jax.tree.leaves(got), jax.tree.leaves(want),
-                        strict=True):
+  for name, a, b in zip(
+    jax.tree.leaves(names), jax.tree.leaves(got), jax.tree.leaves(want), strict=True
+  ):
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1, np.abs(b).max()), err_msg=name)
 
 
@@ -90,19 +100,24 @@ def test_manual_axes_are_left_to_their_owner(mesh):
   got = jax.pmap(op, axis_name="data")(*(jnp.stack([x, x]) for x in (q, k, v, log_decay)))
   np.testing.assert_allclose(got[1], want, atol=1e-5)
   with jax.set_mesh(mesh):
-    mapped = jax.shard_map(op, in_specs=(P("data"),) * 3 + (P(),), out_specs=P("data"),
-                           axis_names={"data"})
+    mapped = jax.shard_map(
+      op, in_specs=(P("data"),) * 3 + (P(),), out_specs=P("data"), axis_names={"data"}
+    )
     np.testing.assert_allclose(jax.jit(mapped)(q, k, v, log_decay), want, atol=1e-5)
 
 
-@pytest.mark.parametrize("spec,match", [
+@pytest.mark.parametrize(
+  "spec,match",
+  [
     (P(None, None, ("data", "tensor", "seq")), r"N=4 .*tensor"),
     (P(None, None, ("data", "tensor")), r"K=2 .*tensor"),
     (P(("data", "seq")), r"B=2 .*seq"),
     (P("model"), r"model"),
     (P(None, None, None, "data"), r"H stays whole"),
     (P(None, ("seq", "data")), r"mesh's order"),
-], ids=str)
+  ],
+  ids=str,
+)
 def test_rejects_layouts_that_do_not_fit(mesh, spec, match):
   with jax.set_mesh(mesh), pytest.raises(ValueError, match=match):
     ops.retention(*_inputs()[:4], spec=spec)
@@ -147,7 +162,8 @@ def test_a_column_of_ones_makes_the_papers_normaliser():
   extended = jnp.concatenate([v, jnp.ones((1, 9, 2, 1))], -1)
   scale = ops.decay_scale(jnp.arange(9)[None], ops.log_decay_rates(2))
   for implementation in ("xla", "parallel", "recurrent"):
-    out, _ = ops.retention(q, k, extended, ops.log_decay_rates(2), chunk_size=4,
-                           implementation=implementation)
+    out, _ = ops.retention(
+      q, k, extended, ops.log_decay_rates(2), chunk_size=4, implementation=implementation
+    )
     got = out[..., :-1] / jnp.maximum(jnp.abs(out[..., -1]), scale)[..., None]
     np.testing.assert_allclose(got, want, atol=1e-5)

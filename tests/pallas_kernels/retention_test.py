@@ -19,10 +19,11 @@ def _inputs(batch, length, heads, kv_heads, head_dim, value_dim, per_token=False
   decay_shape = (batch, length, heads) if per_token else (heads,)
   draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
   return (
-      draw(batch, length, heads, head_dim), draw(batch, length, kv_heads, head_dim),
-      draw(batch, length, kv_heads, value_dim),
-      jnp.asarray(-rng.exponential(0.2, size=decay_shape), jnp.float32),
-      draw(batch, heads, head_dim, value_dim),
+    draw(batch, length, heads, head_dim),
+    draw(batch, length, kv_heads, head_dim),
+    draw(batch, length, kv_heads, value_dim),
+    jnp.asarray(-rng.exponential(0.2, size=decay_shape), jnp.float32),
+    draw(batch, heads, head_dim, value_dim),
   )
 
 
@@ -47,6 +48,7 @@ def _naive(q, k, v, log_decay, state, lengths=None, segment_ids=None):
 
 def _outputs_and_grads(op, args, seed=1):
   """Both outputs, and the gradients of a sum that weighs both of them at random."""
+
   def weighed(*args):
     out = op(*args)
     rng = np.random.default_rng(seed)
@@ -79,16 +81,17 @@ def test_equals_the_equation_in_float64(per_token):
   args = _inputs(2, 8, 2, 1, 3, 4, per_token)
   with jax.enable_x64(True):
     args = _float64(args)
-    want = _outputs_and_grads(
-        lambda *a: _naive(*a, lengths=lengths, segment_ids=segment_ids), args)
+    want = _outputs_and_grads(lambda *a: _naive(*a, lengths=lengths, segment_ids=segment_ids), args)
     options = dict(lengths=jnp.asarray(lengths), segment_ids=jnp.asarray(segment_ids))
     for implementation in IMPLEMENTATIONS:
       op = _op(implementation, chunk_size=3, **options)
       _assert_close(_outputs_and_grads(op, args), want, 1e-12)
 
 
-@pytest.mark.parametrize("length,chunk", [
-    (1, 1), (2, 16), (15, 16), (16, 16), (17, 16), (53, 16), (13, 1), (65, 64), (12, None)])
+@pytest.mark.parametrize(
+  "length,chunk",
+  [(1, 1), (2, 16), (15, 16), (16, 16), (17, 16), (53, 16), (13, 1), (65, 64), (12, None)],
+)
 def test_matches_recurrent(length, chunk):
   args = _inputs(2, length, 3, 3, 5, 7, seed=length)
   want = _outputs_and_grads(_op("recurrent"), args)
@@ -107,7 +110,8 @@ def test_chunk_size_changes_nothing():
 def test_shares_key_heads_in_consecutive_groups():
   args = _inputs(2, 19, 6, 2, 4, 3)
   want = _outputs_and_grads(
-      lambda q, k, v, *a: _op("xla")(q, jnp.repeat(k, 3, 2), jnp.repeat(v, 3, 2), *a), args)
+    lambda q, k, v, *a: _op("xla")(q, jnp.repeat(k, 3, 2), jnp.repeat(v, 3, 2), *a), args
+  )
   for implementation in IMPLEMENTATIONS:
     _assert_close(_outputs_and_grads(_op(implementation, chunk_size=8), args), want)
 
@@ -135,11 +139,14 @@ def test_token_gates_saturate_and_mix(implementation):
   q, k, v, log_decay, state = _inputs(2, 41, 2, 1, 4, 3, per_token=True)
   kind = np.random.default_rng(2).integers(0, 5, log_decay.shape)
   kind[1] = np.minimum(kind[1] + 1, 4)  # The second row meets no -inf, whose totals stay finite.
-  log_decay = jnp.asarray(np.select([kind == 0, kind == 1, kind == 2], [-np.inf, -1e30, 0],
-                                    log_decay), jnp.float32)
+  log_decay = jnp.asarray(
+    np.select([kind == 0, kind == 1, kind == 2], [-np.inf, -1e30, 0], log_decay), jnp.float32
+  )
   args = (q, k, v, log_decay, state)
-  _assert_close(_outputs_and_grads(_op(implementation, chunk_size=16), args),
-                _outputs_and_grads(_op("recurrent"), args))
+  _assert_close(
+    _outputs_and_grads(_op(implementation, chunk_size=16), args),
+    _outputs_and_grads(_op("recurrent"), args),
+  )
 
 
 @pytest.mark.parametrize("per_token", [False, True])
@@ -148,18 +155,23 @@ def test_lengths_and_documents_match_recurrent(per_token, padded, packed):
   args = _inputs(4, 37, 2, 1, 3, 5, per_token)
   starts = np.array([[37, 37, 37], [3, 4, 30], [16, 18, 32], [15, 17, 37]])
   ids = np.sum(np.arange(37)[:, None] >= starts[:, None], -1) % 2  # An id returns.
-  options = dict(lengths=jnp.array([37, 20, 16, 0]) if padded else None,
-                 segment_ids=jnp.asarray(ids) if packed else None)
-  _assert_close(_outputs_and_grads(_op("xla", chunk_size=16, **options), args),
-                _outputs_and_grads(_op("recurrent", **options), args))
+  options = dict(
+    lengths=jnp.array([37, 20, 16, 0]) if padded else None,
+    segment_ids=jnp.asarray(ids) if packed else None,
+  )
+  _assert_close(
+    _outputs_and_grads(_op("xla", chunk_size=16, **options), args),
+    _outputs_and_grads(_op("recurrent", **options), args),
+  )
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_padding_is_as_if_absent(implementation):
   """A padded row ends in the state of the row cut short, even where the padding holds NaN."""
   q, k, v, log_decay, state = _inputs(1, 20, 2, 2, 3, 5)
-  run = functools.partial(retention, log_decay=log_decay, initial_state=state, chunk_size=8,
-                          implementation=implementation)
+  run = functools.partial(
+    retention, log_decay=log_decay, initial_state=state, chunk_size=8, implementation=implementation
+  )
   want_out, want_state = run(q[:, :11], k[:, :11], v[:, :11])
   k, v = (x.at[:, 11:].set(jnp.nan) for x in (k, v))
   out, state = run(q, k, v, lengths=jnp.array([11]))
@@ -171,8 +183,16 @@ def test_padding_is_as_if_absent(implementation):
 def test_documents_are_isolated(implementation):
   q, k, v, log_decay, state = _inputs(1, 21, 2, 2, 3, 5)
   ids = jnp.asarray([[7] * 9 + [3] * 5 + [7] * 7])
-  out, end = retention(q, k, v, log_decay, initial_state=state, segment_ids=ids, chunk_size=8,
-                       implementation=implementation)
+  out, end = retention(
+    q,
+    k,
+    v,
+    log_decay,
+    initial_state=state,
+    segment_ids=ids,
+    chunk_size=8,
+    implementation=implementation,
+  )
   for lo, hi, first in ((0, 9, state), (9, 14, None), (14, 21, None)):
     alone = [x[:, lo:hi] for x in (q, k, v)]
     want, last = retention(*alone, log_decay, initial_state=first, implementation="recurrent")
@@ -183,8 +203,9 @@ def test_documents_are_isolated(implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_is_causal_bit_for_bit(implementation):
   q, k, v, log_decay, _ = _inputs(1, 20, 2, 2, 3, 5)
-  run = jax.jit(lambda q, k, v: retention(q, k, v, log_decay, chunk_size=8,
-                                          implementation=implementation)[0])
+  run = jax.jit(
+    lambda q, k, v: retention(q, k, v, log_decay, chunk_size=8, implementation=implementation)[0]
+  )
   changed = run(*(x.at[:, 13].add(1) for x in (q, k, v)))
   assert (changed[:, :13] == run(q, k, v)[:, :13]).all()
   assert (changed[:, 13:] != run(q, k, v)[:, 13:]).any(axis=(0, 2, 3)).all()
@@ -218,8 +239,10 @@ def test_prefill_then_decode_equals_one_pass_at_any_split(per_token):
   assert len(traces) == 1  # A constant state: nothing recompiles as the text grows.
 
 
-@pytest.mark.parametrize("implementation,length,head_dim", [
-    ("xla", 63, 60), ("xla", 500, 100), ("parallel", 63, 60), ("recurrent", 63, 60)])
+@pytest.mark.parametrize(
+  "implementation,length,head_dim",
+  [("xla", 63, 60), ("xla", 500, 100), ("parallel", 63, 60), ("recurrent", 63, 60)],
+)
 def test_bfloat16_is_within_half_a_percent(implementation, length, head_dim):
   args = _inputs(1, length, 2, 2, head_dim, 24)
   gammas = jnp.asarray(np.log([31 / 32, 1 - 2.0**-12]), jnp.float32)
@@ -238,7 +261,8 @@ def test_long_run_stays_finite_and_bounded():
   q, k, v, _, _ = _inputs(1, 32768, 2, 2, 2, 3)
   gammas = np.array([0.5, 511 / 512])
   run = lambda name: jax.jit(functools.partial(retention, implementation=name))(
-      q, k, v, jnp.asarray(np.log(gammas), jnp.float32))
+    q, k, v, jnp.asarray(np.log(gammas), jnp.float32)
+  )
   (out, state), (want, want_state) = run("xla"), run("recurrent")
   np.testing.assert_allclose(out, want, rtol=0, atol=1e-4 * np.abs(want).max())
   np.testing.assert_allclose(state, want_state, rtol=0, atol=1e-4 * np.abs(want_state).max())
@@ -270,14 +294,18 @@ def test_dispatch(monkeypatch):
     inspect.unwrap(retention)(*args, implementation="flash")
 
 
-@pytest.mark.parametrize("change,match", [
+@pytest.mark.parametrize(
+  "change,match",
+  [
     (dict(k=jnp.zeros((1, 4, 3, 3))), "v.shape"),
     (dict(k=jnp.zeros((1, 4, 2, 5))), "k has shape"),
     (dict(log_decay=jnp.zeros(3)), "log_decay has shape"),
     (dict(lengths=jnp.zeros(2, int)), "lengths has shape"),
     (dict(initial_state=jnp.zeros((1, 2, 3, 4))), "initial_state has shape"),
     (dict(chunk_size=0), "chunk_size=0"),
-], ids=lambda x: x if isinstance(x, str) else "-".join(x))
+  ],
+  ids=lambda x: x if isinstance(x, str) else "-".join(x),
+)
 def test_rejects_arguments_that_disagree(change, match):
   q, k, v, log_decay, _ = _inputs(1, 4, 2, 2, 3, 3)
   args = dict(q=q, k=k, v=v, log_decay=log_decay) | change
@@ -285,4 +313,3 @@ def test_rejects_arguments_that_disagree(change, match):
     args["v"] = jnp.zeros((1, 4, 3, 3))
   with pytest.raises(ValueError, match=match):
     inspect.unwrap(retention)(**args)  # Past the test suite's shape checks.
-

@@ -37,7 +37,8 @@ def test_logits_and_gradients_are_llamas(key, num_kv_heads):
   peers.load(llama, peers.llama_weights(params))
   want = llama(torch.tensor(np.asarray(tokens))).logits
   torch.nn.functional.cross_entropy(
-      want.flatten(0, 1), torch.tensor(np.asarray(targets), dtype=torch.int64).flatten()).backward()
+    want.flatten(0, 1), torch.tensor(np.asarray(targets), dtype=torch.int64).flatten()
+  ).backward()
 
   np.testing.assert_allclose(logits, want.detach().numpy(), rtol=1e-4, atol=1e-4)
   for name, got in peers.llama_weights(grads).items():
@@ -54,6 +55,7 @@ def test_an_export_of_another_model_is_refused(key):
   fields = size.model("transformer")
   llama = peers.llama(build_config(fields, size.vocab_size))
   params = LanguageModel(build_config(fields | dict(num_layers=1), size.vocab_size)).init(
-      key, jnp.zeros((1, 2), jnp.int32))
+    key, jnp.zeros((1, 2), jnp.int32)
+  )
   with pytest.raises(ValueError, match="layers.1"):
     peers.load(llama, peers.llama_weights(nn.unbox(params)["params"]))

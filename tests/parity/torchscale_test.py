@@ -1,6 +1,6 @@
 """Our RetNet, by its exported weights, is torchscale's: both of its forms, and every gradient.
 
-torchscale divides the rows of each head by numbers of its own (RetNet sheet, section 3.3). They are
+torchscale divides the rows of each head by numbers of its own (multiscale_retention.py). They are
 detached, and cancel behind a head norm with an epsilon of zero; so equality is asked there.
 """
 
@@ -47,7 +47,8 @@ def test_logits_and_gradients_are_torchscales(case, chunk_size):
   peers.set_chunk_size(retnet, chunk_size)
   want, _ = retnet(torch.tensor(tokens))
   torch.nn.functional.cross_entropy(
-      want.flatten(0, 1), torch.tensor(targets, dtype=torch.int64).flatten()).backward()
+    want.flatten(0, 1), torch.tensor(targets, dtype=torch.int64).flatten()
+  ).backward()
 
   np.testing.assert_allclose(logits, want.detach().numpy(), rtol=1e-4, atol=1e-4)
   for name, got in peers.torchscale_weights(grads).items():
@@ -60,4 +61,5 @@ def test_another_decay_is_refused():
   size = specs.SIZES["tiny"]
   with pytest.raises(ValueError, match="linspace"):
     peers.torchscale_retnet(
-        build_config(size.model("retnet") | dict(decay="linspace"), size.vocab_size))
+      build_config(size.model("retnet") | dict(decay="linspace"), size.vocab_size)
+    )

@@ -103,16 +103,20 @@ def test_automaton_is_followed():
   state = sampler.init(jnp.zeros((64, 1), jnp.int32), jnp.ones(64, jnp.int32))
   tokens, draw = [], jax.jit(sampler.__call__)
   for step in range(6):
-    out, state = draw(jnp.asarray(_logits(64, step)), state, jax.vmap(jax.random.fold_in)(
-      keys, jnp.full(64, step)))
+    out, state = draw(
+      jnp.asarray(_logits(64, step)), state, jax.vmap(jax.random.fold_in)(keys, jnp.full(64, step))
+    )
     tokens.append(np.asarray(out.item))
   rows = {tuple(row) for row in np.stack(tokens, 1)}
   allowed = {(a, b) * n + (stop,) * (6 - 2 * n) for n in range(4)}
   assert rows <= allowed and len(rows) > 1
 
 
-@pytest.mark.parametrize("filters", [
-  (), (sample.Temperature(0.5), sample.TopK(7), sample.TopP(0.9), sample.MinP(0.02))], ids=len)
+@pytest.mark.parametrize(
+  "filters",
+  [(), (sample.Temperature(0.5), sample.TopK(7), sample.TopP(0.9), sample.MinP(0.02))],
+  ids=len,
+)
 def test_draws_follow_the_filtered_softmax(filters):
   logits, n = _logits(1), 20_000
   filtered = jnp.asarray(logits)
@@ -120,7 +124,8 @@ def test_draws_follow_the_filtered_softmax(filters):
     filtered = f.apply(filtered, ())
   expected = n * _softmax(np.asarray(filtered))[0]
   draw, _ = jax.jit(sample.TokenSampler(filters).__call__)(
-    jnp.broadcast_to(logits, (n, _VOCAB)), ((),) * len(filters), sample.row_keys(1, np.arange(n)))
+    jnp.broadcast_to(logits, (n, _VOCAB)), ((),) * len(filters), sample.row_keys(1, np.arange(n))
+  )
   counts = np.bincount(draw.item, minlength=_VOCAB)
   assert not counts[expected == 0].any()
   used = expected > 5
@@ -128,7 +133,8 @@ def test_draws_follow_the_filtered_softmax(filters):
   dof = used.sum() - 1
   assert chi2 < dof + 4 * np.sqrt(2 * dof)
   np.testing.assert_allclose(
-    draw.log_prob, np.log(_softmax(logits))[0, draw.item], rtol=1e-4, atol=1e-5)
+    draw.log_prob, np.log(_softmax(logits))[0, draw.item], rtol=1e-4, atol=1e-5
+  )
 
 
 def test_order_is_the_order_given():
@@ -137,9 +143,16 @@ def test_order_is_the_order_given():
   first = np.isfinite(nucleus.apply(hot.apply(logits, ()), ())).sum()
   last = np.isfinite(hot.apply(nucleus.apply(logits, ()), ())).sum()
   assert first > last
-  names = [type(f).__name__ for f in sample.token_sampler(
-    top_k=3, top_p=0.9, min_p=0.1, repetition_penalty=1.1, constraints=[
-      sample.LogitBias.ban([0], _VOCAB)]).filters]
+  names = [
+    type(f).__name__
+    for f in sample.token_sampler(
+      top_k=3,
+      top_p=0.9,
+      min_p=0.1,
+      repetition_penalty=1.1,
+      constraints=[sample.LogitBias.ban([0], _VOCAB)],
+    ).filters
+  ]
   assert names == ["LogitBias", "RepetitionPenalty", "Temperature", "TopK", "TopP", "MinP"]
 
 
@@ -154,20 +167,25 @@ def test_settings_are_leaves():
   assert draw._cache_size() == 1
 
 
-@pytest.mark.parametrize("make, message", [
-  (lambda: sample.Temperature(0), r"Temperature.value=0 .*greedy"),
-  (lambda: sample.Temperature(float("nan")), "Temperature.value=nan"),
-  (lambda: sample.TopK(0), "TopK.k=0"),
-  (lambda: sample.TopP(1.5), r"TopP.p=1.5 must be in \(0, 1\]"),
-  (lambda: sample.MinP(-0.1), "MinP.p=-0.1"),
-  (lambda: sample.RepetitionPenalty(0.0), "penalty=0.0"),
-  (lambda: sample.LogitBias.ban([_VOCAB], _VOCAB), "vocab_size=23"),
-  (lambda: sample.LogitBias.ban(range(3), 3), "leave one"),
-  (lambda: sample.TokenAutomaton(np.array([[0, 1], [-1, -1]])), r"states \[1\] allow no token"),
-  (lambda: sample.TokenAutomaton(np.array([[0, 2], [0, 0]])), "states are 0..1"),
-  (lambda: sample.TokenSampler((sample.TopK(3), sample.LogitBias(np.zeros(3)))),
-   "LogitBias stands behind TopK"),
-])
+@pytest.mark.parametrize(
+  "make, message",
+  [
+    (lambda: sample.Temperature(0), r"Temperature.value=0 .*greedy"),
+    (lambda: sample.Temperature(float("nan")), "Temperature.value=nan"),
+    (lambda: sample.TopK(0), "TopK.k=0"),
+    (lambda: sample.TopP(1.5), r"TopP.p=1.5 must be in \(0, 1\]"),
+    (lambda: sample.MinP(-0.1), "MinP.p=-0.1"),
+    (lambda: sample.RepetitionPenalty(0.0), "penalty=0.0"),
+    (lambda: sample.LogitBias.ban([_VOCAB], _VOCAB), "vocab_size=23"),
+    (lambda: sample.LogitBias.ban(range(3), 3), "leave one"),
+    (lambda: sample.TokenAutomaton(np.array([[0, 1], [-1, -1]])), r"states \[1\] allow no token"),
+    (lambda: sample.TokenAutomaton(np.array([[0, 2], [0, 0]])), "states are 0..1"),
+    (
+      lambda: sample.TokenSampler((sample.TopK(3), sample.LogitBias(np.zeros(3)))),
+      "LogitBias stands behind TopK",
+    ),
+  ],
+)
 def test_wrong_settings(make, message):
   with pytest.raises(ValueError, match=message):
     make()

@@ -40,8 +40,10 @@ def prompts():
 
 def _settings(key=3, stop_tokens=(_VOCAB, _VOCAB), **changes):
   """Of calls whose programs are the same, since compiling is what takes time here."""
-  return dict(
-    sampler=_DRAWN, key=jax.random.key(key), max_new_tokens=_NEW, stop_tokens=stop_tokens) | changes
+  return (
+    dict(sampler=_DRAWN, key=jax.random.key(key), max_new_tokens=_NEW, stop_tokens=stop_tokens)
+    | changes
+  )
 
 
 def _equal(a, b):
@@ -69,8 +71,14 @@ def test_greedy_equals_full_passes(language_model, prompts):
   model, params = language_model
   new = 12
   got = sample.generate(
-    model, params, prompts, _LENGTHS, sampler=sample.token_sampler(greedy=True),
-    key=jax.random.key(0), max_new_tokens=new)
+    model,
+    params,
+    prompts,
+    _LENGTHS,
+    sampler=sample.token_sampler(greedy=True),
+    key=jax.random.key(0),
+    max_new_tokens=new,
+  )
   # Right padding is invisible to causal models, so one width serves every step.
   full = jax.jit(lambda tokens: jax.nn.log_softmax(model.apply({"params": params}, tokens).logits))
   tokens = np.zeros((3, 5 + new), np.int32)
@@ -93,12 +101,16 @@ def test_rows_do_not_depend_on_the_batch(language_model, prompts):
   together = sample.generate(model, params, prompts, _LENGTHS, key=keys, **kwargs)
   for i in range(3):
     alone = sample.generate(
-      model, params, prompts[i : i + 1], _LENGTHS[i : i + 1], key=keys[i : i + 1], **kwargs)
+      model, params, prompts[i : i + 1], _LENGTHS[i : i + 1], key=keys[i : i + 1], **kwargs
+    )
     _equal(alone, _rows(together, slice(i, i + 1)))
   turned = [2, 0, 1]
-  _equal(sample.generate(
-    model, params, prompts[turned], _LENGTHS[turned], key=keys[np.array(turned)], **kwargs),
-    _rows(together, np.array(turned)))
+  _equal(
+    sample.generate(
+      model, params, prompts[turned], _LENGTHS[turned], key=keys[np.array(turned)], **kwargs
+    ),
+    _rows(together, np.array(turned)),
+  )
   one_key = sample.generate(model, params, prompts, _LENGTHS, key=jax.random.key(7), **kwargs)
   _equal(one_key, together)
 
@@ -122,7 +134,8 @@ def test_stop_tokens_finish_rows(small, prompts):
     assert got.lengths[row] == length and got.finished[row] == bool(hits.size)
     np.testing.assert_array_equal(got.tokens[row, :length], free.tokens[row, :length])
     np.testing.assert_allclose(
-      got.log_probs[row, :length], free.log_probs[row, :length], rtol=1e-4, atol=1e-4)
+      got.log_probs[row, :length], free.log_probs[row, :length], rtol=1e-4, atol=1e-4
+    )
     assert (got.tokens[row, length:] == _VOCAB - 1).all() and not got.log_probs[row, length:].any()
   assert got.lengths.min() < got.lengths.max()
 
@@ -145,8 +158,7 @@ def test_a_carry_can_be_saved_and_continued(small, prompts):
   keys = sample.row_keys(settings["key"], np.arange(3))
   budget = 6
   arrays = jnp.asarray(prompts, jnp.int32), jnp.asarray(_LENGTHS, jnp.int32), keys
-  first, carry = sample.begin(
-    stepper, _DRAWN, *arrays, budget, capacity=5 + _NEW, num_items=_BLOCK)
+  first, carry = sample.begin(stepper, _DRAWN, *arrays, budget, capacity=5 + _NEW, num_items=_BLOCK)
   is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
   saved = jax.tree.map(lambda x: np.array(jax.random.key_data(x) if is_key(x) else x), carry)
   second, _ = sample.advance(stepper, _DRAWN, carry, num_items=_BLOCK)
@@ -159,14 +171,17 @@ def test_a_carry_can_be_saved_and_continued(small, prompts):
   whole = sample.generate(*small, prompts, _LENGTHS, **settings)
   _equal(
     jax.tree.map(lambda x: x[:, :budget] if x.ndim > 1 else x, _joined([first, again])),
-    whole.replace(tokens=whole.tokens[:, :budget], log_probs=whole.log_probs[:, :budget],
-                  lengths=np.full(3, budget)))
+    whole.replace(
+      tokens=whole.tokens[:, :budget],
+      log_probs=whole.log_probs[:, :budget],
+      lengths=np.full(3, budget),
+    ),
+  )
 
 
 def _padded(generated, width):
   widen = lambda x: np.pad(x, [(0, 0), (0, width - x.shape[1])])
-  return generated.replace(
-    tokens=widen(generated.tokens), log_probs=widen(generated.log_probs))
+  return generated.replace(tokens=widen(generated.tokens), log_probs=widen(generated.log_probs))
 
 
 def test_automaton_constrains_generation(small, prompts):
@@ -174,8 +189,12 @@ def test_automaton_constrains_generation(small, prompts):
   even = np.arange(_VOCAB) % 2 == 0
   transitions = np.stack([np.where(even, 1, -1), np.where(even, -1, 0)])
   automaton = sample.TokenAutomaton(transitions, start=np.array([0, 1, 0]))
-  got = sample.generate(*small, prompts, _LENGTHS, **_settings(
-    0, (0,), sampler=sample.token_sampler(constraints=[automaton])))
+  got = sample.generate(
+    *small,
+    prompts,
+    _LENGTHS,
+    **_settings(0, (0,), sampler=sample.token_sampler(constraints=[automaton])),
+  )
   for row, start in enumerate((0, 1, 0)):
     drawn = got.tokens[row, : got.lengths[row]]
     np.testing.assert_array_equal(drawn % 2, (np.arange(len(drawn)) + start) % 2)
@@ -185,7 +204,8 @@ def test_automaton_constrains_generation(small, prompts):
 def test_one_compilation(small, prompts):
   for i in range(3):
     sampler = sample.token_sampler(
-      temperature=0.5 + 0.1 * i, min_p=0.01 * i, repetition_penalty=1.1 + i)
+      temperature=0.5 + 0.1 * i, min_p=0.01 * i, repetition_penalty=1.1 + i
+    )
     settings = _settings(i, (i, i + 1), sampler=sampler, pad_id=i)
     sample.generate(*small, np.roll(prompts, i), np.roll(_LENGTHS, i), **settings)
     for _ in sample.stream(*small, prompts, _LENGTHS, block_size=_BLOCK, **settings):
@@ -237,18 +257,22 @@ def test_items_may_be_latents():
     assert (whole.tokens["z"][row, n:] == -7).all() and (whole.tokens["count"][row, n:] == -7).all()
 
 
-@pytest.mark.parametrize("change, message", [
-  (dict(max_new_tokens=0), "max_new_tokens=0 must be at least 1"),
-  (dict(lengths=np.array([1, 0, 2])), r"rows \[1\] .* bos_id"),
-  (dict(lengths=np.array([1, 6, 2])), "exceeds the width"),
-  (dict(lengths=np.array([1, 2])), "one length per row"),
-  (dict(key=sample.row_keys(0, np.arange(2))), "one key per row"),
-  (dict(prompts=np.full((3, 5), _VOCAB)), "vocab_size=29"),
-])
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    (dict(max_new_tokens=0), "max_new_tokens=0 must be at least 1"),
+    (dict(lengths=np.array([1, 0, 2])), r"rows \[1\] .* bos_id"),
+    (dict(lengths=np.array([1, 6, 2])), "exceeds the width"),
+    (dict(lengths=np.array([1, 2])), "one length per row"),
+    (dict(key=sample.row_keys(0, np.arange(2))), "one key per row"),
+    (dict(prompts=np.full((3, 5), _VOCAB)), "vocab_size=29"),
+  ],
+)
 def test_errors_come_before_compilation(small, prompts, change, message):
   before = sample.begin._cache_size()
   args = dict(
-    prompts=prompts, lengths=_LENGTHS, sampler=_DRAWN, key=jax.random.key(0), max_new_tokens=4)
+    prompts=prompts, lengths=_LENGTHS, sampler=_DRAWN, key=jax.random.key(0), max_new_tokens=4
+  )
   for function in (sample.generate, sample.stream):
     with pytest.raises(ValueError, match=message):
       function(*small, **(args | change))
@@ -259,9 +283,11 @@ def test_context_is_checked_where_positions_end(prompts):
   fields = dict(num_layers=1, embed_dim=8, num_heads=1, max_length=16)
   for positions, limited in (("learned", True), ("sinusoidal", False), ("rope", False)):
     config = models.build_config(
-      dict(name="transformer", positions=positions, **fields), vocab_size=_VOCAB)
+      dict(name="transformer", positions=positions, **fields), vocab_size=_VOCAB
+    )
     check = lambda new, model: sample.stream(
-      model, {}, prompts, sampler=_DRAWN, key=jax.random.key(0), max_new_tokens=new)
+      model, {}, prompts, sampler=_DRAWN, key=jax.random.key(0), max_new_tokens=new
+    )
     check(11, models.LanguageModel(config))  # Nothing is computed before the first block is asked.
     if limited:
       with pytest.raises(ValueError, match="max_new_tokens=12 .* at most 11 new tokens"):

@@ -15,10 +15,17 @@ from latentlab.train import checkpoint
 
 def _state(seed=0, width=24):
   a, b, key = jax.random.split(jax.random.key(seed), 3)
-  params = {"body": {"kernel": jax.random.normal(a, (40, width))},
-            "head": {"kernel": jax.random.normal(b, (width, 100))}}
-  return {"step": jnp.int32(seed), "params": params, "ema": None, "key": key,
-          "opt_states": {"model": (jax.tree.map(jnp.ones_like, params), ())}}
+  params = {
+    "body": {"kernel": jax.random.normal(a, (40, width))},
+    "head": {"kernel": jax.random.normal(b, (width, 100))},
+  }
+  return {
+    "step": jnp.int32(seed),
+    "params": params,
+    "ema": None,
+    "key": key,
+    "opt_states": {"model": (jax.tree.map(jnp.ones_like, params), ())},
+  }
 
 
 def _abstract(state):
@@ -55,12 +62,14 @@ def test_round_trip_is_exact_and_survives_donation(tmp_path):
 
 def test_restores_onto_another_mesh(tmp_path):
   _save(tmp_path)
-  mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"),
-                       axis_types=(jax.sharding.AxisType.Auto,) * 2)
+  mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
   state = _state(3)
   specs = jax.tree.map(lambda x: P("fsdp", "tensor") if x.ndim == 2 else P(), state)
-  target = jax.tree.map(lambda x, spec: jax.ShapeDtypeStruct(
-      x.shape, x.dtype, sharding=NamedSharding(mesh, spec)), state, specs)
+  target = jax.tree.map(
+    lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)),
+    state,
+    specs,
+  )
   with checkpoint.Checkpointer(tmp_path) as c:
     restored = c.restore(target)[1]
   _assert_equal(restored, state)
@@ -72,15 +81,19 @@ def test_restores_onto_another_mesh(tmp_path):
 @pytest.mark.parametrize("damage", ["half", "empty", "zeros"])
 def test_damaged_newest_falls_back(tmp_path, damage, caplog):
   _save(tmp_path / "good", keep_best="validation/loss")
-  files = [p.relative_to(tmp_path / "good") for p in (tmp_path / "good/checkpoints/3").rglob("*")
-           if p.is_file()]
+  files = [
+    p.relative_to(tmp_path / "good")
+    for p in (tmp_path / "good/checkpoints/3").rglob("*")
+    if p.is_file()
+  ]
   fell_back = set()
   for i, name in enumerate(files):
     workdir = tmp_path / str(i)
     shutil.copytree(tmp_path / "good", workdir)
     content = (workdir / name).read_bytes()
     (workdir / name).write_bytes(
-        {"half": content[:len(content) // 2], "empty": b"", "zeros": bytes(len(content))}[damage])
+      {"half": content[: len(content) // 2], "empty": b"", "zeros": bytes(len(content))}[damage]
+    )
     with checkpoint.Checkpointer(workdir, keep_last=3, keep_best="validation/loss") as c:
       step, state, iterator_state = c.restore(_abstract(_state()))
       # Some files (commit marks, say) are read by nobody; then the newest must be whole.
@@ -113,27 +126,47 @@ def test_half_written_is_ignored(tmp_path):
     assert not leftover.exists()
 
 
-@pytest.mark.parametrize("change, name, expected, found", [
-  (lambda s: s | {"params": _state(width=16)["params"]}, "params/body/kernel",
-   "float32[40, 16]", "float32[40, 24]"),
-  (lambda s: s | {"params": s["params"] | {"extra": jnp.zeros(3)}}, "params/extra",
-   "float32[3]", "nothing"),
-  (lambda s: s | {"params": {"body": s["params"]["body"]}}, "params/head/kernel",
-   "nothing", "float32[24, 100]"),
-  (lambda s: s | {"step": jnp.float32(0)}, "step", "float32[]", "int32[]"),
-], ids=["shape", "missing", "unused", "dtype"])
+@pytest.mark.parametrize(
+  "change, name, expected, found",
+  [
+    (
+      lambda s: s | {"params": _state(width=16)["params"]},
+      "params/body/kernel",
+      "float32[40, 16]",
+      "float32[40, 24]",
+    ),
+    (
+      lambda s: s | {"params": s["params"] | {"extra": jnp.zeros(3)}},
+      "params/extra",
+      "float32[3]",
+      "nothing",
+    ),
+    (
+      lambda s: s | {"params": {"body": s["params"]["body"]}},
+      "params/head/kernel",
+      "nothing",
+      "float32[24, 100]",
+    ),
+    (lambda s: s | {"step": jnp.float32(0)}, "step", "float32[]", "int32[]"),
+  ],
+  ids=["shape", "missing", "unused", "dtype"],
+)
 def test_another_model_is_an_error_that_names_the_first_difference(
-    tmp_path, change, name, expected, found):
+  tmp_path, change, name, expected, found
+):
   _save(tmp_path)
   with checkpoint.Checkpointer(tmp_path) as c:
-    with pytest.raises(ValueError, match=re.escape(
-        f"{name!r}: expected {expected}, found {found}")):
+    with pytest.raises(
+      ValueError, match=re.escape(f"{name!r}: expected {expected}, found {found}")
+    ):
       c.restore(_abstract(change(_state())))
     assert c.steps() == [1, 2, 3]  # It is not damaged.
 
 
-@pytest.mark.parametrize("mode, losses, best", [("min", (3., 1., 2., 4.), 2),
-                                                ("max", (3., 9., 2., float("nan")), 2)])
+@pytest.mark.parametrize(
+  "mode, losses, best",
+  [("min", (3.0, 1.0, 2.0, 4.0), 2), ("max", (3.0, 9.0, 2.0, float("nan")), 2)],
+)
 def test_keeps_the_last_and_the_best(tmp_path, mode, losses, best):
   options = dict(keep_last=1, keep_best="eval/validation/loss", best_mode=mode)
   with checkpoint.Checkpointer(tmp_path, **options) as c:
@@ -166,16 +199,24 @@ def test_init_from_renames_and_keeps_what_is_new(tmp_path):
   source, fresh = _state(3)["params"], _state(9)["params"]
   target = {"trunk": fresh["body"], "adapter": {"a": jnp.ones(2)}}
   restored = checkpoint.restore_params(
-      tmp_path, target, renames=[("^body/", "trunk/"), ("^head/.*", "")], new=["adapter/.*"])
+    tmp_path, target, renames=[("^body/", "trunk/"), ("^head/.*", "")], new=["adapter/.*"]
+  )
   _assert_equal(restored, {"trunk": source["body"], "adapter": target["adapter"]})
 
 
-@pytest.mark.parametrize("options, message", [
-  ({}, r"Missing .*: \['trunk/kernel'\].*Unused .*: \['body/kernel', 'head/kernel'\]"),
-  (dict(new=["trunk"]), "Missing"),  # A pattern matches whole paths.
-  (dict(renames=[("body|head", "trunk")]), "the name 'trunk/kernel'"),
-  (dict(renames=[("head", "trunk"), ("body.*", "")]), r"expected float32\[40, 24\], found float32"),
-], ids=["missing_and_unused", "new_matches_whole", "collision", "shape"])
+@pytest.mark.parametrize(
+  "options, message",
+  [
+    ({}, r"Missing .*: \['trunk/kernel'\].*Unused .*: \['body/kernel', 'head/kernel'\]"),
+    (dict(new=["trunk"]), "Missing"),  # A pattern matches whole paths.
+    (dict(renames=[("body|head", "trunk")]), "the name 'trunk/kernel'"),
+    (
+      dict(renames=[("head", "trunk"), ("body.*", "")]),
+      r"expected float32\[40, 24\], found float32",
+    ),
+  ],
+  ids=["missing_and_unused", "new_matches_whole", "collision", "shape"],
+)
 def test_init_from_is_strict(tmp_path, options, message):
   _save(tmp_path)
   with pytest.raises(ValueError, match=message):

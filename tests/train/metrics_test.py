@@ -54,8 +54,11 @@ def test_tensorboard_is_optional(tmp_path, monkeypatch):
   with pytest.raises(ValueError, match=r"latentlab\[logging\]"):
     metrics.MetricsWriter(tmp_path, start_step=0, tensorboard=True)
   written = []
-  fake = types.SimpleNamespace(SummaryWriter=lambda *args, **kwargs: types.SimpleNamespace(
-      add_scalar=lambda *x: written.append(x), close=lambda: written.append("closed")))
+  fake = types.SimpleNamespace(
+    SummaryWriter=lambda *args, **kwargs: types.SimpleNamespace(
+      add_scalar=lambda *x: written.append(x), close=lambda: written.append("closed")
+    )
+  )
   monkeypatch.setitem(__import__("sys").modules, "tensorboardX", fake)
   writer = metrics.MetricsWriter(tmp_path, start_step=0, tensorboard=True)
   writer.write(3, {"train/loss": 2.0})
@@ -63,9 +66,16 @@ def test_tensorboard_is_optional(tmp_path, monkeypatch):
   assert written == [("train/loss", 2.0, 3), "closed"]
 
 
-@pytest.mark.parametrize("kind, peak", [
-  ("TPU v5 lite", 197e12), ("TPU v5p", 459e12), ("NVIDIA H100 80GB HBM3", 989e12),
-  ("NVIDIA H100 PCIe", 756e12), ("cpu", None)])
+@pytest.mark.parametrize(
+  "kind, peak",
+  [
+    ("TPU v5 lite", 197e12),
+    ("TPU v5p", 459e12),
+    ("NVIDIA H100 80GB HBM3", 989e12),
+    ("NVIDIA H100 PCIe", 756e12),
+    ("cpu", None),
+  ],
+)
 def test_peak_of_the_closest_kind(kind, peak):
   assert metrics.peak_flops(_device(kind)) == peak
 
@@ -74,7 +84,8 @@ def test_throughput_leaves_pauses_out(monkeypatch):
   now = [0.0]
   monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
   throughput = metrics.Throughput(
-      tokens_per_step=100, flops_per_token=275e10, devices=[_device("TPU v4")] * 2)
+    tokens_per_step=100, flops_per_token=275e10, devices=[_device("TPU v4")] * 2
+  )
   for _ in range(4):
     throughput.step()
     now[0] += 0.5
@@ -96,8 +107,16 @@ def test_memory_of_a_device_with_counters():
 def test_plots(tmp_path):
   writer = metrics.MetricsWriter(tmp_path, start_step=0)
   for step in range(1, 4):
-    writer.write(step, {"train/loss": 1.0 / step, "train/lr": 0.1, "eval/validation/loss": 2.0,
-                        "eval/validation/position_0_7": 2.0, "eval/validation/position_8_15": 1.0})
+    writer.write(
+      step,
+      {
+        "train/loss": 1.0 / step,
+        "train/lr": 0.1,
+        "eval/validation/loss": 2.0,
+        "eval/validation/position_0_7": 2.0,
+        "eval/validation/position_8_15": 1.0,
+      },
+    )
   writer.close()
   names = {p.name for p in plots.write_plots(tmp_path)}
   assert names == {"loss.png", "lr.png", "validation_loss.png", "validation_positions.png"}

@@ -31,20 +31,39 @@ def get_config():
 
 
 def _start(folder, workdir, num_devices, *flags):
-  env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
-         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-  command = [sys.executable, "-m", "experiments.train", f"--config={folder}/config.py",
-             f"--workdir={folder / workdir}", *flags]
-  return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          text=True)
+  env = {
+    **os.environ,
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
+    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+  }
+  command = [
+    sys.executable,
+    "-m",
+    "experiments.train",
+    f"--config={folder}/config.py",
+    f"--workdir={folder / workdir}",
+    *flags,
+  ]
+  return subprocess.Popen(
+    command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+  )
 
 
 def _start_pair(folder, workdir):
   with socket.socket() as s:
     s.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{s.getsockname()[1]}"
-  return [_start(folder, workdir, 2, f"--coordinator_address={address}", "--num_processes=2",
-                 f"--process_id={i}") for i in range(2)]
+  return [
+    _start(
+      folder,
+      workdir,
+      2,
+      f"--coordinator_address={address}",
+      "--num_processes=2",
+      f"--process_id={i}",
+    )
+    for i in range(2)
+  ]
 
 
 def _finish(processes, returncode=0):
@@ -97,10 +116,17 @@ def test_losses_equal_those_of_one_process(single, double):
 def test_parameters_equal_those_of_one_process(single, double):
   def params(workdir):
     path = workdir / "checkpoints" / str(STEPS)
-    return checkpoint._read(path, {
-        k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(
-            jax.devices()[0]))
-        for k, x in checkpoint.stored_leaves(path).items() if k.startswith("params/")})
+    return checkpoint._read(
+      path,
+      {
+        k: jax.ShapeDtypeStruct(
+          x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        )
+        for k, x in checkpoint.stored_leaves(path).items()
+        if k.startswith("params/")
+      },
+    )
+
   want, got = params(single), params(double)
   assert want.keys() == got.keys() and len(want) > 5
   for name in want:

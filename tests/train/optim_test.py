@@ -11,20 +11,21 @@ from optax import contrib
 from latentlab.train import optim
 
 AXES = {
-    "decoder/mlp/kernel": ("layers", "embed", "mlp"),
-    "decoder/mlp/bias": ("layers", "mlp"),
-    "decoder/norm/scale": ("layers", "embed"),
-    "decoder/out_proj/kernel": ("layers", "heads", "head_dim", "embed"),
-    "decoder/q_proj/bias": ("layers", "heads", "head_dim"),
-    "decoder/q_proj/kernel": ("layers", "embed", "heads", "head_dim"),
-    "embedder/embedding": ("vocab", "embed"),
+  "decoder/mlp/kernel": ("layers", "embed", "mlp"),
+  "decoder/mlp/bias": ("layers", "mlp"),
+  "decoder/norm/scale": ("layers", "embed"),
+  "decoder/out_proj/kernel": ("layers", "heads", "head_dim", "embed"),
+  "decoder/q_proj/bias": ("layers", "heads", "head_dim"),
+  "decoder/q_proj/kernel": ("layers", "embed", "heads", "head_dim"),
+  "embedder/embedding": ("vocab", "embed"),
 }
 _SIZES = dict(layers=3, embed=8, mlp=12, heads=2, head_dim=4, vocab=16)
 
 
 def _config(**fields) -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(
-      dict(name="adamw", peak_lr=0.5, schedule="linear", warmup_steps=0, weight_decay=0.0) | fields)
+    dict(name="adamw", peak_lr=0.5, schedule="linear", warmup_steps=0, weight_decay=0.0) | fields
+  )
 
 
 def _tree(seed: int):
@@ -59,8 +60,10 @@ def test_no_step_of_a_run_has_a_rate_of_zero(name, warmup):
   assert np.all(np.diff(rates[warmup:]) <= 0)
 
 
-@pytest.mark.parametrize("name, middle", [
-    ("constant", 1.0), ("linear", 0.55), ("cosine", 0.55), ("polynomial", 0.1 + 0.9 / 8)])
+@pytest.mark.parametrize(
+  "name, middle",
+  [("constant", 1.0), ("linear", 0.55), ("cosine", 0.55), ("polynomial", 0.1 + 0.9 / 8)],
+)
 def test_decay_to_a_share_of_the_peak(name, middle):
   config = _config(schedule=name, warmup_steps=4, end_lr_ratio=0.1, power=3.0)
   schedule = jax.jit(optim.make_schedule(config, 24))
@@ -74,8 +77,13 @@ def test_adamw_is_optax_adamw():
   got = _updates(_config(weight_decay=0.1, b1=0.8, b2=0.9, eps=1e-6))
   params = _tree(0)
   want_optimizer = optax.adamw(
-      1.0, 0.8, 0.9, 1e-6, weight_decay=0.1,
-      mask=jax.tree.map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params))
+    1.0,
+    0.8,
+    0.9,
+    1e-6,
+    weight_decay=0.1,
+    mask=jax.tree.map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params),
+  )
   state, update = want_optimizer.init(params), jax.jit(want_optimizer.update)
   for i in (1, 2, 3):
     want, state = update(_tree(i), state, params)
@@ -89,8 +97,9 @@ def test_only_matrices_decay(decay_embeddings):
   zeros = jax.tree.map(jnp.zeros_like, params)
   updates, _ = optimizer.update(zeros, optimizer.init(params), params)
   decayed = {
-      jax.tree_util.keystr(path, simple=True, separator="/")
-      for path, x in jax.tree.leaves_with_path(updates) if jnp.any(x != 0)
+    jax.tree_util.keystr(path, simple=True, separator="/")
+    for path, x in jax.tree.leaves_with_path(updates)
+    if jnp.any(x != 0)
   }
   want = {path for path in AXES if path.endswith("/kernel")}
   assert decayed == want | ({"embedder/embedding"} if decay_embeddings else set())
@@ -113,7 +122,8 @@ def test_muon_orthogonalises_each_layer_of_each_kernel():
     got = updates["decoder"][name]["kernel"].reshape(3, rows, -1)
     for layer in range(3):
       matrix = lambda i, name=name, layer=layer, rows=rows: {
-          "w": _tree(i)["decoder"][name]["kernel"][layer].reshape(rows, -1)}
+        "w": _tree(i)["decoder"][name]["kernel"][layer].reshape(rows, -1)
+      }
       state = alone.init(matrix(0))
       for i in (1, 2, 3):
         want, state = update(matrix(i), state, matrix(0))
@@ -126,22 +136,28 @@ def test_muon_orthogonalises_each_layer_of_each_kernel():
   np.testing.assert_allclose(first / first[0, 0], signs / signs[0, 0], rtol=1e-3)
 
 
-@pytest.mark.parametrize("fields, message", [
+@pytest.mark.parametrize(
+  "fields, message",
+  [
     (dict(name="adamax"), r"optimizer.name='adamax'.*'adam', 'adamw', 'muon', 'sgd'"),
     (dict(name="sgd", weight_decay=0.1), "weight_decay=0.1 does nothing"),
     (dict(b2=1.0), "b2=1.0"),
-])
+  ],
+)
 def test_bad_optimizers_are_errors(fields, message):
   with pytest.raises(ValueError, match=message):
     optim.make_optimizer(_config(**fields), AXES)
 
 
-@pytest.mark.parametrize("fields, message", [
+@pytest.mark.parametrize(
+  "fields, message",
+  [
     (dict(schedule="step"), r"optimizer.schedule='step'.*'constant', 'cosine', 'linear'"),
     (dict(warmup_steps=11), "optimizer.warmup_steps=11.*train_steps=10"),
     (dict(peak_lr=0.0), "optimizer.peak_lr=0.0"),
     (dict(end_lr_ratio=2.0), "optimizer.end_lr_ratio=2.0"),
-])
+  ],
+)
 def test_bad_schedules_are_errors(fields, message):
   with pytest.raises(ValueError, match=message):
     optim.make_schedule(_config(**fields), 10)

@@ -1,5 +1,6 @@
 """One training run under every layout: equal parameters, and the communication each should have."""
 
+import ast
 import functools
 import math
 import re
@@ -18,30 +19,33 @@ from latentlab.train.task import Group, LanguageModelTask, build_task
 
 VOCAB, LENGTH, ROWS = 64, 16, 16
 MODELS = {
-    "transformer": dict(num_kv_heads=2),
-    "retnet": dict(chunk_size=4),
+  "transformer": dict(num_kv_heads=2),
+  "retnet": dict(chunk_size=4),
 }
 LAYOUTS = {
-    "data": dict(data=8),
-    "fsdp": dict(data=2, fsdp=4),
-    "tensor": dict(data=2, fsdp=2, tensor=2),
-    "mixed": dict(fsdp=2, tensor=2, seq=2),
-    "seq": dict(data=2, seq=4),
-    "pmap": dict(data=8),
+  "data": dict(data=8),
+  "fsdp": dict(data=2, fsdp=4),
+  "tensor": dict(data=2, fsdp=2, tensor=2),
+  "mixed": dict(fsdp=2, tensor=2, seq=2),
+  "seq": dict(data=2, seq=4),
+  "pmap": dict(data=8),
 }
 
 
 def _config(model="transformer", layout="data", optimizer="sgd", **fields):
-  config = ml_collections.ConfigDict(dict(
+  config = ml_collections.ConfigDict(
+    dict(
       model=dict(name=model, num_layers=2, embed_dim=32, num_heads=4, unroll=1, **MODELS[model]),
       parallelism="pmap" if layout == "pmap" else "jit",
       mesh=LAYOUTS.get(layout, {"data": 1}),
       axis_rules=(),
       train_steps=20,
-      optimizer=dict(name=optimizer, peak_lr=1e-3, schedule="constant",
-                     warmup_steps=4, accumulate_steps=1),
+      optimizer=dict(
+        name=optimizer, peak_lr=1e-3, schedule="constant", warmup_steps=4, accumulate_steps=1
+      ),
       task=dict(type="language_model"),
-  ))
+    )
+  )
   config.update_from_flattened_dict(fields)
   return config
 
@@ -58,11 +62,11 @@ def _batch(seed, rows=ROWS):
   cuts = rng.integers(1, LENGTH, (rows, 1))
   columns = np.arange(LENGTH)[None]
   return {
-      "inputs": tokens[:, :-1],
-      "targets": tokens[:, 1:],
-      "segment_ids": (columns >= cuts).astype(np.int32),
-      "positions": np.where(columns < cuts, columns, columns - cuts).astype(np.int32),
-      "weights": (rng.uniform(0, 2, (rows, LENGTH)) * (columns != cuts - 1)).astype(np.float32),
+    "inputs": tokens[:, :-1],
+    "targets": tokens[:, 1:],
+    "segment_ids": (columns >= cuts).astype(np.int32),
+    "positions": np.where(columns < cuts, columns, columns - cuts).astype(np.int32),
+    "weights": (rng.uniform(0, 2, (rows, LENGTH)) * (columns != cuts - 1)).astype(np.float32),
   }
 
 
@@ -177,8 +181,9 @@ def test_tensor_parallelism_reduces_activations():
   assert _share_on_one_device(trainer.init(jax.random.key(0)).params) < 0.55
 
 
-@pytest.mark.parametrize("model, collective",
-                         [("transformer", "all-gather"), ("retnet", "collective-permute")])
+@pytest.mark.parametrize(
+  "model, collective", [("transformer", "all-gather"), ("retnet", "collective-permute")]
+)
 def test_a_sharded_sequence_gathers_keys_or_passes_states(model, collective):
   assert _collectives(_trainer(_config(model, "seq"))).get(collective, 0) > 0
 
@@ -186,11 +191,14 @@ def test_a_sharded_sequence_gathers_keys_or_passes_states(model, collective):
 @pytest.mark.parametrize("layout", ["mixed", "pmap"])
 def test_a_step_compiles_once_donates_its_state_and_transfers_nothing(layout):
   compiled = []
+
   def listen(event, seconds, **kwargs):
     if event == "/jax/core/compile/backend_compile_duration":
       compiled.append(event)
-  config = _config("retnet", layout, "adamw",
-                   **{"optimizer.weight_decay": 0.1, "optimizer.ema_decay": 0.9})
+
+  config = _config(
+    "retnet", layout, "adamw", **{"optimizer.weight_decay": 0.1, "optimizer.ema_decay": 0.9}
+  )
   trainer = _trainer(config)
   state = trainer.init(jax.random.key(0))
   for i in range(4):
@@ -207,8 +215,9 @@ def test_a_step_compiles_once_donates_its_state_and_transfers_nothing(layout):
   describe = lambda x: (x.shape, x.dtype)
   assert jax.tree.map(describe, state) == jax.tree.map(describe, trainer.abstract_state)
   assert all(
-      x.sharding.is_equivalent_to(y.sharding, x.ndim) for x, y in
-      zip(jax.tree.leaves(state), jax.tree.leaves(trainer.abstract_state), strict=True))
+    x.sharding.is_equivalent_to(y.sharding, x.ndim)
+    for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(trainer.abstract_state), strict=True)
+  )
 
 
 def test_optimizer_and_average_lie_like_their_parameters():
@@ -239,22 +248,30 @@ def test_an_evaluation_compiles_for_the_layout(layout):
   assert terms.total.is_fully_replicated
 
 
-@pytest.mark.parametrize("sizes, shape", [
-    (dict(data=-1), (8, 1, 1, 1)), (dict(data=2, fsdp=-1, seq=2), (2, 2, 1, 2)),
-    (dict(data=1, fsdp=2, tensor=2, seq=2), (1, 2, 2, 2))])
+@pytest.mark.parametrize(
+  "sizes, shape",
+  [
+    (dict(data=-1), (8, 1, 1, 1)),
+    (dict(data=2, fsdp=-1, seq=2), (2, 2, 1, 2)),
+    (dict(data=1, fsdp=2, tensor=2, seq=2), (1, 2, 2, 2)),
+  ],
+)
 def test_mesh_sizes(sizes, shape):
   mesh = partition.make_mesh(sizes)
   assert tuple(mesh.shape.values()) == shape and mesh.axis_names == partition.MESH_AXES
   assert mesh.axis_types == (jax.sharding.AxisType.Auto,) * 4
 
 
-@pytest.mark.parametrize("sizes, message", [
+@pytest.mark.parametrize(
+  "sizes, message",
+  [
     (dict(data=3), "takes 3 devices, but there are 8"),
     (dict(data=-1, tensor=3), "takes 6 devices, but there are 8"),
     (dict(data=-1, fsdp=-1), "-1 at most once"),
     (dict(data=0), "positive sizes"),
     (dict(data=-1, model=2), r"config.mesh has \['model'\]"),
-])
+  ],
+)
 def test_bad_meshes_are_errors(sizes, message):
   with pytest.raises(ValueError, match=message):
     partition.make_mesh(sizes)
@@ -271,16 +288,41 @@ def test_rules_can_be_overridden():
     partition.make_rules(("mlp",))
 
 
-@pytest.mark.parametrize("fields, message", [
-    ({"mesh": {"tensor": 8}}, r"Dimension \d \('(kv_)?heads'\) of parameter '.*_proj/kernel' has "
-                              r"size \d.*8 devices of mesh axes tensor.*axis_rules"),
+@pytest.mark.parametrize(
+  "fields, message",
+  [
+    (
+      {"mesh": {"tensor": 8}},
+      r"Dimension \d \('(kv_)?heads'\) of parameter '.*_proj/kernel' has "
+      r"size \d.*8 devices of mesh axes tensor.*axis_rules",
+    ),
     ({"parallelism": "pmap", "mesh": {"data": 4, "tensor": 2}}, "pmap.*data parallelism only"),
     ({"parallelism": "xmap"}, r"parallelism='xmap'.*\['jit', 'pmap'\]"),
     ({"task.type": "vision"}, r"task.type='vision'.*language_model"),
-])
+  ],
+)
 def test_layouts_that_do_not_fit_are_errors(fields, message):
   with pytest.raises(ValueError, match=message):
     _trainer(_config(**fields))
+
+
+@pytest.mark.parametrize(
+  "model, sizes",
+  [("retnet", dict(num_heads=2)), ("transformer", dict(num_heads=4, num_kv_heads=2))],
+)
+def test_the_remedy_for_heads_that_do_not_divide_is_enough(model, sizes):
+  config = _config(model, mesh=dict(data=2, tensor=4))
+  config.model.update(sizes)
+  for _ in range(3):
+    try:
+      trainer = _trainer(config)
+      break
+    except ValueError as e:
+      given = str(e).rpartition("config.axis_rules=")[2].removesuffix(".")
+      config.axis_rules = (*config.axis_rules, *ast.literal_eval(given))
+  assert ("act_kv_heads" if model == "transformer" else "act_heads") in str(config.axis_rules)
+  state = trainer.init(jax.random.key(0))
+  assert np.isfinite(trainer.step(state, trainer.place(_batch(0)))[1]["loss"])
 
 
 def test_a_logical_axis_without_a_rule_is_an_error():
@@ -295,11 +337,14 @@ def test_a_logical_axis_without_a_rule_is_an_error():
     _trainer(config, LanguageModelTask(Odd(), config))
 
 
-@pytest.mark.parametrize("layout, rows, length, message", [
+@pytest.mark.parametrize(
+  "layout, rows, length, message",
+  [
     ("data", 12, LENGTH, "batch_size=12 must be a multiple of 8"),
     ("pmap", 12, LENGTH, "batch_size=12 must be a multiple of 8"),
     ("seq", 16, 6, "sequence length of 6 must be a multiple of 4"),
-])
+  ],
+)
 def test_batches_that_do_not_divide_are_errors(layout, rows, length, message):
   trainer = _trainer(_config(layout=layout))
   with pytest.raises(ValueError, match=message):

@@ -40,12 +40,22 @@ class _Binary:
     (folder / "config.py").write_text(CONFIG)
 
   def start(self, workdir: str, *flags: str) -> subprocess.Popen:
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-           "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-m", "experiments.train", f"--config={self.folder}/config.py",
-               f"--workdir={self.folder / workdir}", *flags]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            text=True)
+    env = {
+      **os.environ,
+      "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+      "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+    command = [
+      sys.executable,
+      "-m",
+      "experiments.train",
+      f"--config={self.folder}/config.py",
+      f"--workdir={self.folder / workdir}",
+      *flags,
+    ]
+    return subprocess.Popen(
+      command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
   def finish(self, workdir: str, *flags: str) -> str:
     process = self.start(workdir, *flags)
@@ -103,9 +113,12 @@ def disturbed(binary, straight):
 
 def _arrays(workdir):
   path = workdir / "checkpoints" / str(STEPS)
-  target = {k: jax.ShapeDtypeStruct(
-      x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-      for k, x in checkpoint.stored_leaves(path).items()}
+  target = {
+    k: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    )
+    for k, x in checkpoint.stored_leaves(path).items()
+  }
   return checkpoint._read(path, target)
 
 
@@ -118,8 +131,13 @@ def test_parameters_optimizer_and_average_are_equal_bit_for_bit(straight, distur
 
 
 def test_every_step_was_logged_once_with_the_same_loss(straight, disturbed):
-  want, got = ([(x["step"], x["train/loss"], x.get("eval/validation/loss"))
-                for x in metrics.read_metrics(w / "metrics.jsonl")] for w in (straight, disturbed))
+  want, got = (
+    [
+      (x["step"], x["train/loss"], x.get("eval/validation/loss"))
+      for x in metrics.read_metrics(w / "metrics.jsonl")
+    ]
+    for w in (straight, disturbed)
+  )
   assert [x[0] for x in want] == list(range(1, STEPS + 1))
   assert got == want
   assert want[-1][1] < want[0][1] - 1.0  # And it learnt something.
@@ -131,8 +149,9 @@ def test_evaluate_reads_the_best_checkpoint(binary, straight):
   result = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
   printed = json.loads(result.stdout)
   lines = metrics.read_metrics(straight / "metrics.jsonl")
-  best = min((x for x in lines if "eval/validation/loss" in x),
-             key=lambda x: x["eval/validation/loss"])
+  best = min(
+    (x for x in lines if "eval/validation/loss" in x), key=lambda x: x["eval/validation/loss"]
+  )
   assert printed["step"] == best["step"]
   # On 8 devices where training had one.
   assert printed["validation/loss"] == pytest.approx(best["eval/validation/loss"], rel=1e-5)
@@ -141,4 +160,5 @@ def test_evaluate_reads_the_best_checkpoint(binary, straight):
 
 def test_the_config_is_beside_the_checkpoints(straight):
   assert loop.read_config(straight).model.to_dict() == dict(
-      common.smoke(common.language_model()).model)
+    common.smoke(common.language_model()).model
+  )

@@ -34,9 +34,9 @@ def _loss(noise: float = 0.0) -> Callable:
     y = x @ params["encoder"]["layer"]["kernel"] @ params["decoder"]["kernel"]
     errors = jnp.sum((y - batch["y"]) ** 2, -1)
     return LossTerms(
-        total=jnp.sum(errors * batch["weights"]),
-        weight=jnp.sum(batch["weights"]),
-        metrics={"rows": (jnp.sum(errors < 1.0), jnp.float32(errors.size))},
+      total=jnp.sum(errors * batch["weights"]),
+      weight=jnp.sum(batch["weights"]),
+      metrics={"rows": (jnp.sum(errors < 1.0), jnp.float32(errors.size))},
     )
 
   return loss
@@ -82,7 +82,7 @@ def test_sgd_is_the_gradient_of_the_weighted_mean():
 
   def mean(params):
     y = batch["x"] @ params["encoder"]["layer"]["kernel"] @ params["decoder"]["kernel"]
-    return np.sum(batch["weights"] / batch["weights"].sum() * jnp.sum((y - batch["y"])**2, -1))
+    return np.sum(batch["weights"] / batch["weights"].sum() * jnp.sum((y - batch["y"]) ** 2, -1))
 
   loss, grads = jax.value_and_grad(mean)(state.params)
   new, metrics = jax.jit(make_step(task))(state, batch)
@@ -136,10 +136,12 @@ def test_adversarial_groups_step_from_the_same_parameters():
 
     return loss
 
-  task = _Task((
+  task = _Task(
+    (
       _group(name="low", loss=bilinear(1), trainable=("encoder/.*",)),
       _group(name="high", loss=bilinear(-1), trainable=("decoder/.*",)),
-  ))
+    )
+  )
   state = init_state(task, jax.random.key(0))
   new, metrics = jax.jit(make_step(task))(state, _batch(0))
   x, y = state.params["encoder"]["layer"]["kernel"], state.params["decoder"]["kernel"]
@@ -174,13 +176,25 @@ def test_a_step_that_is_not_finite_changes_only_the_counters(fault, accumulate_s
   assert not np.array_equal(state.params["decoder"]["kernel"], before.params["decoder"]["kernel"])
 
 
+def test_an_update_that_is_not_finite_is_not_taken():
+  huge = optax.chain(optax.scale_by_adam(), optax.scale(1e38), optax.scale(1e38))
+  task = _Task((_group(huge),))
+  before = init_state(task, jax.random.key(0))
+  state, metrics = jax.jit(make_step(task))(before, _batch(0))
+  assert np.isfinite(metrics["loss"]) and state.skipped == 1
+  _assert_equal(state.params, before.params)
+
+
 def test_one_group_that_is_not_finite_stops_all():
   broken = lambda params, batch, key: LossTerms(
-      total=jnp.nan * jnp.sum(params["decoder"]["kernel"]), weight=jnp.float32(1.0))
-  task = _Task((
+    total=jnp.nan * jnp.sum(params["decoder"]["kernel"]), weight=jnp.float32(1.0)
+  )
+  task = _Task(
+    (
       _group(name="sound", trainable=("encoder/.*",)),
       _group(name="broken", loss=broken, trainable=("decoder/.*",)),
-  ))
+    )
+  )
   state = init_state(task, jax.random.key(0))
   new, _ = jax.jit(make_step(task))(state, _batch(0))
   _assert_equal(new.params, state.params)

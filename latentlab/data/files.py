@@ -1,0 +1,29 @@
+"""Files that are never half written: a killed process leaves the old one or the new one."""
+
+import json
+import os
+import pathlib
+import uuid
+from typing import Any
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+  """Writes a text by way of a temporary file beside it, and makes its folder."""
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = temporary_name(path)
+  try:
+    temporary.write_text(text, "utf-8")
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+  """Writes json; see `write_text`."""
+  write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def temporary_name(path: pathlib.Path) -> pathlib.Path:
+  """A name beside `path` that no other process uses, here or on a machine that shares the disk."""
+  return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
