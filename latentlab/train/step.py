@@ -45,8 +45,9 @@ def make_step(
 ) -> Step:
   """Makes the step of a task.
 
-  All groups see the parameters as they were before the step. If any group's loss or gradient is
-  not finite, or its update is not (a batch whose weights are all zero included), nothing but the counters changes.
+  All groups see the parameters as they were before the step. If any group's loss, gradient or
+  update is not finite (a batch whose weights are all zero included), nothing but the counters
+  changes.
 
   Args:
     task: Its groups are optimised.
