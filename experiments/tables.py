@@ -43,21 +43,6 @@ from ml_collections import config_flags
 from latentlab.eval import tables
 from latentlab.train import metrics
 
-_CONFIG = flags.DEFINE_string("config", None, "Config file of a table.", required=True)
-_SCALE = flags.DEFINE_string("scale", "small", "A name of the config file's SCALES.")
-_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of each row.")
-_ROWS = flags.DEFINE_list("rows", [], "Rows to run, beside the base row; all of them if empty.")
-_SMOKE = flags.DEFINE_bool("smoke", False, "Runs of seconds; results stay in the workdir.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the runs; runs/<paper>_<stem>_<scale>.")
-_OUTPUT = flags.DEFINE_string("output", None, "Folder of the results; experiments/results.")
-_COLLECT_ONLY = flags.DEFINE_bool("collect_only", False, "Run nothing; use what is finished.")
-_NUM_WORKERS = flags.DEFINE_integer(
-  "num_workers",
-  1,
-  "Cells that run at a time, each with its share of the CPU's cores.",
-  lower_bound=1,
-)
-
 _PROTOCOL = ("TITLE", "BASE", "METRIC", "ALSO", "SCALES", "ROWS", "get_config")
 # In a process of its own: one that has asked for its devices may hold them from the cells.
 _ENVIRONMENT = """
@@ -355,26 +340,26 @@ def main(argv: list[str]) -> None:
 
 
 def _main(overrides: list[str]) -> list[Cell]:
-  path = pathlib.Path(_CONFIG.value)
-  table = load(_CONFIG.value)
-  size = f"{_SCALE.value}_smoke" if _SMOKE.value else _SCALE.value
+  path = pathlib.Path(flags.FLAGS.config)
+  table = load(flags.FLAGS.config)
+  size = f"{flags.FLAGS.scale}_smoke" if flags.FLAGS.smoke else flags.FLAGS.scale
   paper = path.absolute().parent.name
-  workdir = pathlib.Path(_WORKDIR.value or f"runs/{paper}_{path.stem}_{size}")
+  workdir = pathlib.Path(flags.FLAGS.workdir or f"runs/{paper}_{path.stem}_{size}")
   cells = make_cells(
     table,
     workdir,
-    scale=_SCALE.value,
-    seeds=_SEEDS.value,
-    rows=_ROWS.value,
-    smoke=_SMOKE.value,
+    scale=flags.FLAGS.scale,
+    seeds=flags.FLAGS.seeds,
+    rows=flags.FLAGS.rows,
+    smoke=flags.FLAGS.smoke,
     overrides=overrides,
   )
-  failed = [] if _COLLECT_ONLY.value else run(cells, _names(table), _NUM_WORKERS.value)
+  failed = [] if flags.FLAGS.collect_only else run(cells, _names(table), flags.FLAGS.num_workers)
   # What a smoke run measures is no result.
-  output = _OUTPUT.value or (workdir if _SMOKE.value else "experiments/results")
-  stem = path.stem if _SCALE.value == "small" else f"{path.stem}_{_SCALE.value}"
+  output = flags.FLAGS.output or (workdir if flags.FLAGS.smoke else "experiments/results")
+  stem = path.stem if flags.FLAGS.scale == "small" else f"{path.stem}_{flags.FLAGS.scale}"
   command = f"python -m experiments.tables {shlex.join(_shown_flags(overrides))}"
-  text, data, comparisons = collect(table, cells, scale=_SCALE.value, command=command)
+  text, data, comparisons = collect(table, cells, scale=flags.FLAGS.scale, command=command)
   print(text)
   print(*save(pathlib.Path(output) / paper, stem, text, data, comparisons))
   return failed
@@ -383,13 +368,13 @@ def _main(overrides: list[str]) -> list[Cell]:
 def _shown_flags(overrides: Sequence[str]) -> list[str]:
   """The flags that decide what the table holds."""
   shown = [
-    f"--config={_CONFIG.value}",
-    f"--scale={_SCALE.value}",
-    f"--seeds={','.join(_SEEDS.value)}",
+    f"--config={flags.FLAGS.config}",
+    f"--scale={flags.FLAGS.scale}",
+    f"--seeds={','.join(flags.FLAGS.seeds)}",
   ]
-  if _ROWS.value:
-    shown.append(f"--rows={','.join(_ROWS.value)}")
-  return shown + _SMOKE.value * ["--smoke"] + (["--", *overrides] if overrides else [])
+  if flags.FLAGS.rows:
+    shown.append(f"--rows={','.join(flags.FLAGS.rows)}")
+  return shown + flags.FLAGS.smoke * ["--smoke"] + (["--", *overrides] if overrides else [])
 
 
 def _names(table: types.ModuleType) -> list[str]:
@@ -528,5 +513,24 @@ def _flat(x: Any, path: str = "") -> dict[str, Any]:
   }
 
 
+def _define_flags() -> None:
+  """Not on import: others import what is in here, and have a `--config` of their own."""
+  flags.DEFINE_string("config", None, "Config file of a table.", required=True)
+  flags.DEFINE_string("scale", "small", "A name of the config file's SCALES.")
+  flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of each row.")
+  flags.DEFINE_list("rows", [], "Rows to run, beside the base row; all of them if empty.")
+  flags.DEFINE_bool("smoke", False, "Runs of seconds; results stay in the workdir.")
+  flags.DEFINE_string("workdir", None, "Folder of the runs; runs/<paper>_<stem>_<scale>.")
+  flags.DEFINE_string("output", None, "Folder of the results; experiments/results.")
+  flags.DEFINE_bool("collect_only", False, "Run nothing; use what is finished.")
+  flags.DEFINE_integer(
+    "num_workers",
+    1,
+    "Cells that run at a time, each with its share of the CPU's cores.",
+    lower_bound=1,
+  )
+
+
 if __name__ == "__main__":
+  _define_flags()
   app.run(main)

@@ -83,6 +83,7 @@ import numpy as np
 from experiments import generate
 from latentlab import sample
 from latentlab.data import ByteTokenizer
+from latentlab.sample import text
 
 generate.flags.FLAGS(["generate", "--num_tokens=9", sys.argv[1]])
 rows = np.array([list("aé€😀".encode()[:9]), list("😀xyz".encode()) + [0xE2, 256]], np.int32)
@@ -91,7 +92,8 @@ def block(begin, end):
   ended = np.array([False, end == 9])
   return sample.Generated(rows[:, begin:end], np.full(2, n), ended, np.ones((2, n)))
 blocks = [block(i, min(i + 2, 9)) for i in range(0, 9, 2)]
-out = generate._write(blocks, [">", "<"], ["first", "second"], ByteTokenizer())
+pieces = text._pieces(blocks, ByteTokenizer(), 2, 9)
+out = generate._write(pieces, [">", "<"], ["first", "second"])
 assert [x["text"] for x in out] == ["aé€\ufffd", "😀xyz\ufffd"], out
 assert out[1]["finished"] and not out[0]["finished"] and out[0]["log_prob"] == 9
 """

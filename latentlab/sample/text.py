@@ -68,7 +68,7 @@ def stream_text(
     row[: len(ids)] = ids
   # <bos> ends a row; no other special token is text, and training says little of their logits.
   special = np.flatnonzero(tokenizer.byte_lengths == 0)
-  ban = LogitBias.ban(special[special != tokenizer.bos_id], tokenizer.vocab_size)
+  ban = LogitBias.ban(special[special != tokenizer.bos_id].tolist(), tokenizer.vocab_size)
   blocks = stream(
     model,
     params,
