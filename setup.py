@@ -52,7 +52,7 @@ setuptools.setup(
     "matplotlib>=3.9,<4",
     "ml_collections>=1.1,<2",
     "numpy>=2.0,<3",
-    "scipy>=1.13,<2",
+    "scipy>=1.17,<2",
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12,<0.13",
     "tokenizers>=0.21,<0.24",
