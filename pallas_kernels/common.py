@@ -2,7 +2,8 @@
 
 import functools
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import jax
 from jax import Array
@@ -35,6 +36,40 @@ def resolve(
   if not names or not set(names) <= set(known):
     raise ValueError(f"{implementation=} is not among {tuple(known)}; name one of those, or None.")
   return names
+
+
+def dispatch(
+  op: str,
+  implementations: Mapping[str, Callable[..., Any]],
+  defaults: Mapping[str, Sequence[str]],
+  implementation: str | Sequence[str] | None,
+  *args: Any,
+) -> Any:
+  """Calls the first implementation that accepts the arguments, in the order asked for.
+
+  Args:
+    op: Its name, for the log.
+    implementations: Functions of `args` by name. One that cannot serve its arguments raises
+      `NotImplementedError` with the reason; every other error escapes.
+    defaults: The names tried where `implementation` is `None`, in order, by target platform.
+    implementation: A name is a demand, a sequence is tried in order.
+    *args: Checked arguments.
+
+  Raises:
+    ValueError: A name is unknown.
+    ExceptionGroup: Every implementation asked for refused; holds the reasons.
+  """
+  default = defaults.get(target_platform(), defaults["cpu"])
+  names, refusals = resolve(implementation, implementations, default), []
+  for name in names:
+    try:
+      out = implementations[name](*args)
+    except NotImplementedError as e:
+      refusals.append(e)
+    else:
+      note_choice(op, name)
+      return out
+  raise ExceptionGroup(f"No implementation of {op} among {names} accepts these inputs.", refusals)
 
 
 @functools.cache

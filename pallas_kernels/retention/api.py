@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from pallas_kernels.common import note_choice, resolve, target_platform
+from pallas_kernels.common import dispatch
 from pallas_kernels.retention import reference
 
 Implementation = Literal["xla", "parallel", "recurrent"]
@@ -61,19 +61,13 @@ def retention(
     ExceptionGroup: Every implementation asked for refused; holds the reasons.
   """
   _check_arguments(q, k, v, log_decay, initial_state, lengths, segment_ids, chunk_size)
-  names = resolve(implementation, IMPLEMENTATIONS, _DEFAULTS.get(target_platform(), ("xla",)))
-  refusals = []
-  for name in names:
-    try:
-      out = IMPLEMENTATIONS[name](
-        q, k, v, log_decay, initial_state, lengths, segment_ids, chunk_size
-      )
-    except NotImplementedError as e:  # "Not these inputs"; every other error escapes.
-      refusals.append(e)
-    else:
-      note_choice("retention", name)
-      return out
-  raise ExceptionGroup(f"None of {names} accepts these inputs.", refusals)
+  return dispatch(
+    "retention",
+    IMPLEMENTATIONS,
+    _DEFAULTS,
+    implementation,
+    *(q, k, v, log_decay, initial_state, lengths, segment_ids, chunk_size),
+  )
 
 
 def retention_step(
