@@ -1,0 +1,10 @@
+"""Differential attention (https://arxiv.org/abs/2410.05258): two softmax maps, subtracted."""
+
+from pallas_kernels.diff_attention.api import (
+  IMPLEMENTATIONS,
+  Implementation,
+  diff_attention,
+  diff_attention_decode,
+)
+
+__all__ = ["IMPLEMENTATIONS", "Implementation", "diff_attention", "diff_attention_decode"]
