@@ -137,8 +137,9 @@ class MultiScaleRetention(nn.Module):
 
   def _retain(self, q, k, v, context, state):
     c = self.config
+    spec = mesh_spec("act_batch", "act_length", "act_heads", None)
     if q.shape[1] == 1 and state is not None and context.lengths is None:
-      out, state = ops.retention_step(q[:, 0], k[:, 0], v[:, 0], c.log_decay, state)
+      out, state = ops.retention_decode(q[:, 0], k[:, 0], v[:, 0], c.log_decay, state, spec=spec)
       return out[:, None], state
     return ops.retention(
       q,
@@ -150,7 +151,7 @@ class MultiScaleRetention(nn.Module):
       segment_ids=context.segment_ids,
       chunk_size=c.chunk_size,
       implementation=c.implementation,
-      spec=mesh_spec("act_batch", "act_length", "act_heads", None),
+      spec=spec,
     )
 
   def _decay_scale(self, context):

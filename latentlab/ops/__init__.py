@@ -9,7 +9,7 @@ from latentlab.ops.positions import (
   rope_frequencies,
   sinusoidal,
 )
-from latentlab.ops.retention import decay_scale, log_decay_rates, retention, retention_step
+from latentlab.ops.retention import decay_scale, log_decay_rates, retention, retention_decode
 
 __all__ = [
   "Mask",
@@ -21,7 +21,7 @@ __all__ = [
   "decay_scale",
   "log_decay_rates",
   "retention",
-  "retention_step",
+  "retention_decode",
   "rope_frequencies",
   "segment_bias",
   "sinusoidal",

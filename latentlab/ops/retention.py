@@ -17,9 +17,9 @@ from jax.sharding import PartitionSpec
 
 from latentlab.typing import Array, Float, Int
 from pallas_kernels import retention as kernel
-from pallas_kernels.retention import Implementation, retention_step
+from pallas_kernels.retention import DecodeImplementation, Implementation
 
-__all__ = ["decay_scale", "log_decay_rates", "retention", "retention_step"]
+__all__ = ["decay_scale", "log_decay_rates", "retention", "retention_decode"]
 
 
 def retention(
@@ -48,8 +48,8 @@ def retention(
     chunk_size: See there.
     implementation: See there.
     spec: Layout of a `B T N H` array over the ambient mesh. Axes that are manual already (inside
-      `pmap` or `shard_map`) or of size one are left out; with none left, or no mesh, the call is
-      the plain one.
+      `pmap` or `shard_map`) are left out; with one device left, or no mesh, the call is the plain
+      one.
 
   Returns:
     The outputs, and the state after the last valid token, replicated over the sequence's axes.
@@ -59,42 +59,6 @@ def retention(
       shard the sequence in another order than the mesh's.
   """
   options = dict(chunk_size=chunk_size, implementation=implementation)
-  batch_axes, length_axes, head_axes = axes = _axes_to_map(spec)
-  if not any(axes):
-    return kernel.retention(
-      q,
-      k,
-      v,
-      log_decay,
-      initial_state=initial_state,
-      lengths=lengths,
-      segment_ids=segment_ids,
-      **options,
-    )
-  for name, size, names in (
-    ("B", q.shape[0], batch_axes),
-    ("T", q.shape[1], length_axes),
-    ("N", q.shape[2], head_axes),
-    ("K", k.shape[2], head_axes),
-  ):
-    devices = _axes_size(names)
-    if size % devices:
-      raise ValueError(
-        f"{name}={size} does not divide over the {devices} devices of mesh axes "
-        f"{names}; change the size, the mesh, or the spec."
-      )
-
-  b, t, n = (names or None for names in axes)
-  tokens = PartitionSpec(b, t, n, None)
-  specs = {
-    "q": tokens,
-    "k": tokens,
-    "v": tokens,
-    "log_decay": PartitionSpec(n) if log_decay.ndim == 1 else PartitionSpec(b, t, n),
-    "initial_state": PartitionSpec(b, n, None, None),
-    "lengths": PartitionSpec(b),
-    "segment_ids": PartitionSpec(b, t),
-  }
   args = dict(
     q=q,
     k=k,
@@ -105,25 +69,85 @@ def retention(
     segment_ids=segment_ids,
   )
   args = {name: x for name, x in args.items() if x is not None}
+  axes = _axes_to_map(spec)
+  if axes is None:
+    return kernel.retention(**args, **options)
+  _check_sizes(dict(B=q.shape[0], T=q.shape[1], N=q.shape[2], K=k.shape[2]), axes)
+
+  b, t, n = (names or None for names in axes)
+  tokens, state = PartitionSpec(b, t, n, None), PartitionSpec(b, n, None, None)
+  specs = dict(
+    q=tokens,
+    k=tokens,
+    v=tokens,
+    log_decay=PartitionSpec(n) if log_decay.ndim == 1 else PartitionSpec(b, t, n),
+    initial_state=state,
+    lengths=PartitionSpec(b),
+    segment_ids=PartitionSpec(b, t),
+  )
 
   def local(args):
-    if length_axes:
-      return _sequence_sharded(args, length_axes, options)
+    if axes[1]:
+      return _sequence_sharded(args, axes[1], options)
     return kernel.retention(**args, **options)
 
-  return jax.shard_map(
-    local,
-    in_specs=({name: specs[name] for name in args},),
-    out_specs=(tokens, specs["initial_state"]),
-    axis_names={name for names in axes for name in names},
-  )(args)
+  return _map(local, args, specs, (tokens, state))
 
 
-def _axes_to_map(spec: PartitionSpec | None) -> tuple[tuple[str, ...], ...]:
-  """The mesh axes over which batch, length and heads are to be mapped."""
+def retention_decode(
+  q: Float[Array, "B N H"],
+  k: Float[Array, "B K H"],
+  v: Float[Array, "B K V"],
+  log_decay: Float[Array, "N"] | Float[Array, "B N"],
+  state: Float[Array, "B N H V"],
+  *,
+  gate: Float[Array, "B N V"] | None = None,
+  norm_eps: float | None = None,
+  implementation: DecodeImplementation | Sequence[DecodeImplementation] | None = None,
+  spec: PartitionSpec | None = None,
+) -> tuple[Float[Array, "B N V"], Float[Array, "B N H V"]]:
+  """`pallas_kernels.retention.retention_decode`, which see, run on each device's part.
+
+  Args:
+    q: See `pallas_kernels.retention.retention_decode`.
+    k: See there.
+    v: See there.
+    log_decay: See there.
+    state: See there.
+    gate: See there.
+    norm_eps: See there.
+    implementation: See there.
+    spec: Layout of a `B T N H` array over the ambient mesh, as in `retention`; the one token is
+      on every device of the sequence's axes.
+
+  Returns:
+    The output, and the new state.
+
+  Raises:
+    ValueError: As in `retention`.
+  """
+  options = dict(norm_eps=norm_eps, implementation=implementation)
+  args = dict(q=q, k=k, v=v, log_decay=log_decay, state=state)
+  if gate is not None:
+    args["gate"] = gate
+  axes = _axes_to_map(spec)
+  if axes is None:
+    return kernel.retention_decode(**args, **options)
+  _check_sizes(dict(B=q.shape[0], N=q.shape[1], K=k.shape[1]), axes)
+
+  b, _, n = (names or None for names in axes)
+  token, whole = PartitionSpec(b, n, None), PartitionSpec(b, n, None, None)
+  specs = dict.fromkeys(args, token) | dict(state=whole)
+  specs["log_decay"] = PartitionSpec(n) if log_decay.ndim == 1 else PartitionSpec(b, n)
+  local = lambda args: kernel.retention_decode(**args, **options)
+  return _map(local, args, specs, (token, whole))
+
+
+def _axes_to_map(spec: PartitionSpec | None) -> tuple[tuple[str, ...], ...] | None:
+  """The mesh axes that batch, length and heads are split over; `None` for a plain call."""
   mesh = jax.sharding.get_abstract_mesh()
   if spec is None or set(mesh.axis_names) == set(mesh.manual_axes):  # No mesh, or all within.
-    return (), (), ()
+    return None
   entries = [() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in spec]
   entries += [()] * (4 - len(entries))
   if len(entries) > 4 or entries[3]:
@@ -134,9 +158,33 @@ def _axes_to_map(spec: PartitionSpec | None) -> tuple[tuple[str, ...], ...]:
     raise ValueError(
       f"{spec=} must name the sequence's axes in the mesh's order, {mesh.axis_names}."
     )
-  return tuple(
-    tuple(a for a in names if a not in mesh.manual_axes and mesh.shape[a] > 1)
-    for names in entries[:3]
+  if _axes_size(_free_axes()) == 1:
+    return None
+  split = [a for a in _free_axes() if mesh.shape[a] > 1]
+  return tuple(tuple(a for a in names if a in split) for names in entries[:3])
+
+
+def _free_axes() -> tuple[str, ...]:
+  mesh = jax.sharding.get_abstract_mesh()
+  return tuple(a for a in mesh.axis_names if a not in mesh.manual_axes)
+
+
+def _check_sizes(sizes: dict[str, int], axes: tuple[tuple[str, ...], ...]) -> None:
+  batch, length, heads = axes
+  for letter, names in (("B", batch), ("T", length), ("N", heads), ("K", heads)):
+    size, devices = sizes.get(letter, 0), _axes_size(names)
+    if size % devices:
+      raise ValueError(
+        f"{letter}={size} does not divide over the {devices} devices of mesh axes "
+        f"{names}; change the size, the mesh, or the spec."
+      )
+
+
+def _map(fn, args, specs, out_specs):
+  """`shard_map` over every axis that is not manual yet: a kernel is partitioned by nobody else."""
+  in_specs = ({name: specs[name] for name in args},)
+  return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, axis_names=set(_free_axes()))(
+    args
   )
 
 

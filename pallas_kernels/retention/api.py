@@ -11,6 +11,7 @@ from pallas_kernels.common import dispatch
 from pallas_kernels.retention import reference
 
 Implementation = Literal["xla", "parallel", "recurrent"]
+DecodeImplementation = Literal["xla"]
 
 # One that cannot serve its arguments raises NotImplementedError, with the reason.
 IMPLEMENTATIONS = {
@@ -19,7 +20,10 @@ IMPLEMENTATIONS = {
   "recurrent": reference.recurrent,
 }
 
+DECODE_IMPLEMENTATIONS = {"xla": reference.decode}
+
 _DEFAULTS = {"cpu": ("xla",), "gpu": ("xla",), "tpu": ("xla",)}
+_DECODE_DEFAULTS = {"cpu": ("xla",), "gpu": ("xla",), "tpu": ("xla",)}
 
 
 def retention(
@@ -70,24 +74,50 @@ def retention(
   )
 
 
-def retention_step(
+def retention_decode(
   q: Float[Array, "B N H"],
   k: Float[Array, "B K H"],
   v: Float[Array, "B K V"],
   log_decay: Float[Array, "N"] | Float[Array, "B N"],
   state: Float[Array, "B N H V"],
+  *,
+  gate: Float[Array, "B N V"] | None = None,
+  norm_eps: float | None = None,
+  implementation: DecodeImplementation | Sequence[DecodeImplementation] | None = None,
 ) -> tuple[Float[Array, "B N V"], Float[Array, "B N H V"]]:
   """Retention over one token, for decoding: `retention` of `T = 1` without its length axis.
 
+  What a layer puts behind it is done in the same pass: the norm over each head, then the gate.
+
+  Args:
+    q: The query, rotated.
+    k: The key, scaled, then rotated.
+    v: The value.
+    log_decay: As in `retention`.
+    state: State after the preceding tokens. A kernel updates it in place where the caller gives
+      it up, as a donated argument or the carry of a loop.
+    gate: If given, the output is multiplied by `silu(gate)`.
+    norm_eps: If given, the output is divided by its root mean square over `V`, with this epsilon.
+    implementation: As in `retention`.
+
   Returns:
-    The output in `v`'s dtype, and the new state.
+    The output in `v`'s dtype, and the new float32 state.
 
   Raises:
-    ValueError: Shapes disagree.
+    ValueError: Shapes disagree, or a name is unknown.
+    ExceptionGroup: Every implementation asked for refused; holds the reasons.
   """
   per_token = log_decay[:, None] if log_decay.ndim == 2 else log_decay
   _check_arguments(q[:, None], k[:, None], v[:, None], per_token, state, None, None, None)
-  return reference.retention_step(q, k, v, log_decay, state)
+  if gate is not None and gate.shape != (*q.shape[:2], v.shape[-1]):
+    raise ValueError(f"{gate.shape=} must be {(*q.shape[:2], v.shape[-1])}, one per output.")
+  return dispatch(
+    "retention_decode",
+    DECODE_IMPLEMENTATIONS,
+    _DECODE_DEFAULTS,
+    implementation,
+    *(q, k, v, log_decay, state, gate, norm_eps),
+  )
 
 
 def _check_arguments(q, k, v, log_decay, initial_state, lengths, segment_ids, chunk_size):

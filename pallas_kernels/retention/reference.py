@@ -129,7 +129,7 @@ def recurrent(
 
   def step(state, token):
     *token, start = token
-    out, state = retention_step(*token, jnp.where(start[:, None, None, None], 0, state))
+    out, state = decode(*token, jnp.where(start[:, None, None, None], 0, state))
     return state, out
 
   if initial_state is None:
@@ -140,20 +140,27 @@ def recurrent(
   return jnp.moveaxis(out, 0, 1), state
 
 
-def retention_step(
+def decode(
   q: Float[Array, "B N H"],
   k: Float[Array, "B K H"],
   v: Float[Array, "B K V"],
   log_decay: Float[Array, "N"] | Float[Array, "B N"],
   state: Float[Array, "B N H V"],
+  gate: Float[Array, "B N V"] | None = None,
+  norm_eps: float | None = None,
 ) -> tuple[Float[Array, "B N V"], Float[Array, "B N H V"]]:
-  """One token of eq. 6: `S = exp(g) S + k^T v`, `o = q S`."""
+  """One token of eq. 6, `S = exp(g) S + k^T v`, `o = q S`; then eq. 8's norm and gate, if asked."""
   dtype, groups = state_dtype(v.dtype), q.shape[1] // k.shape[1]
   decay = jnp.exp(log_decay.astype(dtype))[..., None, None]
   # The outer product per key head, shared by its group of query heads.
   update = jnp.repeat(k.astype(dtype)[..., None] * v.astype(dtype)[..., None, :], groups, axis=1)
   state = decay * state.astype(dtype) + update
-  return jnp.einsum("BNH,BNHV->BNV", q.astype(dtype), state).astype(v.dtype), state
+  out = jnp.einsum("BNH,BNHV->BNV", q.astype(dtype), state)
+  if norm_eps is not None:
+    out *= jax.lax.rsqrt(jnp.square(out).mean(-1, keepdims=True) + norm_eps)
+  if gate is not None:
+    out *= jax.nn.silu(gate.astype(dtype))
+  return out.astype(v.dtype), state
 
 
 def state_dtype(dtype: DTypeLike) -> jnp.dtype:

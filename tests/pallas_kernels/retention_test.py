@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.retention import IMPLEMENTATIONS, retention, retention_step
+from pallas_kernels.retention import IMPLEMENTATIONS, retention, retention_decode
 
 NAMES = ("out", "state", "dq", "dk", "dv", "dlog_decay", "dstate")
 FAST = ("xla", "parallel")
@@ -222,7 +222,7 @@ def test_prefill_then_decode_equals_one_pass_at_any_split(per_token):
   @jax.jit
   def step(*args):
     traces.append(args)
-    return retention_step(*args)
+    return retention_decode(*args)
 
   rows = np.arange(2)
   for split in (1, 3, 4, 5, 8, 9):
