@@ -1,7 +1,11 @@
 """Set-up of the whole suite: the platform, the simulated devices, and the run-time shape checks."""
 
+import functools
+import importlib.util
+import math
 import os
 import pathlib
+from collections.abc import Callable
 
 import jaxtyping
 import pytest
@@ -20,9 +24,21 @@ if PLATFORM == "cpu" and "device_count" not in os.environ.get("XLA_FLAGS", ""):
     ]
   )
 os.environ.setdefault("MPLBACKEND", "agg")
+if PLATFORM != "tpu":
+  # libtpu compiles for a chip that is not there, if nothing makes it look for one or for a lock.
+  for name, value in (
+    ("TPU_SKIP_MDS_QUERY", "1"),
+    ("TPU_WORKER_HOSTNAMES", "localhost"),
+    ("TPU_ACCELERATOR_TYPE", "v5litepod-4"),
+    ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
+  ):
+    os.environ.setdefault(name, value)
 
 # Every annotation is checked on each call (or trace) while the tests run: tests/shape_checks.py.
 jaxtyping.install_import_hook(["latentlab", "pallas_kernels"], "shape_checks.typechecked")
+
+# The suites that implementations of an op inherit are no test files of their own.
+pytest.register_assert_rewrite("diff_attention_suite", "retention_suite")
 
 _TESTS = pathlib.Path(__file__).parent
 _QUICK = ("layers", "models", "ops", "pallas_kernels", "sample")
@@ -50,3 +66,29 @@ def key():
   import jax  # Not before the platform is set above.
 
   return jax.random.key(0)
+
+
+@pytest.fixture(scope="session")
+def tpu_mesh() -> Callable:
+  """Meshes of TPU topologies, for real compiles: under `jax.set_mesh` they are the target."""
+  if importlib.util.find_spec("libtpu") is None:
+    pytest.skip("compiling for a TPU needs libtpu, and no TPU: pip install '.[tpu]'")
+  import jax
+  from jax.experimental import topologies
+
+  @functools.cache
+  def devices(topology: str):
+    return topologies.get_topology_desc(topology, platform="tpu").devices
+
+  def make(topology: str, **axes: int) -> jax.sharding.Mesh:
+    """A mesh of as many of the topology's devices as `axes` have; of one without axes."""
+    axes = axes or {"data": 1}
+    count = math.prod(axes.values())
+    return jax.make_mesh(
+      tuple(axes.values()),
+      tuple(axes),
+      axis_types=(jax.sharding.AxisType.Auto,) * len(axes),
+      devices=devices(topology)[:count],
+    )
+
+  return make
