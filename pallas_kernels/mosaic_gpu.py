@@ -60,6 +60,16 @@ def device_kind() -> str:
   return jax.devices()[0].device_kind if device is None else device.device_kind
 
 
+def num_cores() -> int:
+  """The target's multiprocessors; an H100's where the target is no GPU, or does not tell."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  if interpreted():
+    return 132
+  if device is None:
+    return getattr(jax.devices()[0], "core_count", 132)
+  return device.num_cores or 132
+
+
 def interpreted() -> bool:
   """Whether kernels traced here are interpreted: the target is no GPU."""
   return target_platform() != "gpu"
