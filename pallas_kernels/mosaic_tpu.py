@@ -14,6 +14,7 @@ import jax
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from pallas_kernels.common import target_platform, vary_alike
 
@@ -39,6 +40,14 @@ def vmem_limit_bytes() -> int:
 def flops_per_cycle() -> int:
   """Of one core's matrix units, for bfloat16 operands."""
   return 2 * chip().num_mxus * chip().mxu_column_size ** 2
+
+
+def rounded(x: Array, dtype: DTypeLike) -> Array:
+  """`x` as `dtype` holds it, in `x`'s own dtype: XLA, which interprets, drops a mere round trip."""
+  if target_platform() == "tpu":
+    return x.astype(dtype).astype(x.dtype)
+  info = jax.numpy.finfo(dtype)
+  return jax.lax.reduce_precision(x, info.nexp, info.nmant)
 
 
 def padded_bytes(shape: Sequence[int], dtype: Any) -> int:

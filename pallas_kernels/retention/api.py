@@ -8,19 +8,20 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from pallas_kernels.common import dispatch
-from pallas_kernels.retention import reference
+from pallas_kernels.retention import reference, tpu
 
-Implementation = Literal["xla", "parallel", "recurrent"]
-DecodeImplementation = Literal["xla"]
+Implementation = Literal["xla", "parallel", "recurrent", "pallas_tpu"]
+DecodeImplementation = Literal["xla", "pallas_tpu"]
 
 # One that cannot serve its arguments raises NotImplementedError, with the reason.
 IMPLEMENTATIONS = {
   "xla": reference.chunkwise,
   "parallel": reference.parallel,
   "recurrent": reference.recurrent,
+  "pallas_tpu": tpu.chunkwise,
 }
 
-DECODE_IMPLEMENTATIONS = {"xla": reference.decode}
+DECODE_IMPLEMENTATIONS = {"xla": reference.decode, "pallas_tpu": tpu.decode}
 
 _DEFAULTS = {"cpu": ("xla",), "gpu": ("xla",), "tpu": ("xla",)}
 _DECODE_DEFAULTS = {"cpu": ("xla",), "gpu": ("xla",), "tpu": ("xla",)}

@@ -46,7 +46,7 @@ def chunkwise(
     x = split(x).reshape(num_chunks, batch, chunk, kv_heads, -1, x.shape[-1])
     return x.transpose(0, 1, 3, 4, 2, 5)
 
-  valid = None if lengths is None else _valid(lengths, length)
+  valid = None if lengths is None else valid_tokens(lengths, length)
   if valid is not None:  # What a padded token holds is not ours to trust, and may be a NaN.
     k, v = (jnp.where(valid[..., None, None], x, 0) for x in (k, v))
   q, k, v = split_heads(q), split_heads(k)[:, :, :, 0], split_heads(v)[:, :, :, 0]
@@ -62,7 +62,7 @@ def chunkwise(
 
   visible = np.tri(chunk, dtype=bool)
   if segment_ids is not None:
-    runs = split(jnp.cumsum(_starts(segment_ids, valid), 1), mode="edge")  # M B C
+    runs = split(jnp.cumsum(document_starts(segment_ids, valid), 1), mode="edge")  # M B C
     before = jnp.pad(runs[:-1, :, -1], ((1, 0), (0, 0)))  # The initial state is of the first run.
     visible = (visible & (runs[..., :, None] == runs[..., None, :]))[:, :, None, None]
     enter = jnp.where((runs == before[..., None])[:, :, None, None], enter, 0)
@@ -120,8 +120,8 @@ def recurrent(
   """Eq. 6, a scan over tokens, whatever the chunk size asked for."""
   del chunk_size
   (batch, length, heads, head_dim), value_dim = q.shape, v.shape[-1]
-  valid = jnp.ones((batch, length), bool) if lengths is None else _valid(lengths, length)
-  start = jnp.zeros_like(valid) if segment_ids is None else _starts(segment_ids, valid)
+  valid = jnp.ones((batch, length), bool) if lengths is None else valid_tokens(lengths, length)
+  start = jnp.zeros_like(valid) if segment_ids is None else document_starts(segment_ids, valid)
   log_decay = jnp.broadcast_to(log_decay, (batch, length, heads))
   k, v = (jnp.where(valid[..., None, None], x, 0) for x in (k, v))
   # A padded token keeps the state and adds nothing to it: a decay of one, and k = v = 0.
@@ -168,11 +168,14 @@ def state_dtype(dtype: DTypeLike) -> jnp.dtype:
   return jnp.promote_types(dtype, jnp.float32)
 
 
-def _valid(lengths: Int[Array, "B"], length: int) -> Bool[Array, "B T"]:
+def valid_tokens(lengths: Int[Array, "B"], length: int) -> Bool[Array, "B T"]:
+  """Which tokens are no padding."""
   return jnp.arange(length) < lengths[:, None]
 
 
-def _starts(segment_ids: Int[Array, "B T"], valid: Bool[Array, "B T"] | None) -> Bool[Array, "B T"]:
+def document_starts(
+  segment_ids: Int[Array, "B T"], valid: Bool[Array, "B T"] | None
+) -> Bool[Array, "B T"]:
   """Where the id changes. An id that returns later is a new document; padding starts none."""
   starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
   return starts if valid is None else starts & valid
