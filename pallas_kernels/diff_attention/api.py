@@ -8,14 +8,15 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from pallas_kernels.common import dispatch
-from pallas_kernels.diff_attention import reference
+from pallas_kernels.diff_attention import reference, xla
 from pallas_kernels.diff_attention.reference import Options, Visibility
 
-Implementation = Literal["naive", "two_call", "four_call"]
+Implementation = Literal["xla", "naive", "two_call", "four_call"]
 
 # Called with Options, q, k, v, lam, gain and Visibility. One that cannot serve its arguments raises
 # NotImplementedError, with the reason.
 IMPLEMENTATIONS = {
+  "xla": xla.blockwise,
   "naive": reference.naive,
   "two_call": reference.two_call,
   "four_call": reference.four_call,
@@ -23,10 +24,11 @@ IMPLEMENTATIONS = {
 
 # Called with Options, q, k, v, lam, gain, lengths and num_splits.
 DECODE_IMPLEMENTATIONS = {
+  "xla": xla.decode,
   "naive": reference.decode_naive,
 }
 
-_DEFAULTS = {"cpu": ("naive",), "gpu": ("naive",), "tpu": ("naive",)}
+_DEFAULTS = {"cpu": ("xla",), "gpu": ("xla",), "tpu": ("xla",)}
 
 
 def diff_attention(

@@ -168,10 +168,7 @@ def decode_naive(
 ) -> Float[Array, "B N V"]:
   """`naive` of one query, which is the last valid key's; all keys at once, whatever was asked."""
   del num_splits
-  if lengths is None:
-    lengths = jnp.full(q.shape[0], k.shape[1])
-  options = dataclasses.replace(options, causal=True, q_offset=None)
-  visibility = Visibility(q_offset=lengths - 1, lengths=lengths)
+  options, visibility = last_query(options, lengths, q.shape[0], k.shape[1])
   lam = lam[:, None] if lam.ndim == 2 else lam
   return naive(options, q[:, None], k, v, lam, gain, visibility)[:, 0]
 
@@ -184,9 +181,9 @@ def visible(
   visibility: Visibility,
   length: int,
   kv_length: int,
-  start: int = 0,
+  start: int | Int[Array, ""] = 0,
   kv_start: int = 0,
-) -> Bool[Array, "#B length kv_length"]:
+) -> Bool[Array, "#B {length} {kv_length}"]:
   """Which keys of a stretch the queries of a stretch see.
 
   Args:
@@ -194,7 +191,7 @@ def visible(
     visibility: Of the call, for all of its tokens.
     length: Of the stretch of queries.
     kv_length: Of the stretch of keys.
-    start: The stretch's first query.
+    start: The stretch's first query; alone of these it may be traced.
     kv_start: The stretch's first key.
   """
   kv_index = kv_start + jnp.arange(kv_length)
@@ -206,11 +203,22 @@ def visible(
     if options.window is not None:
       seen &= position - kv_index < options.window
   if visibility.segment_ids is not None:
-    ids = visibility.segment_ids[:, start : start + length, None]
-    seen &= ids == visibility.kv_segment_ids[:, None, kv_start : kv_start + kv_length]
+    ids = jax.lax.dynamic_slice_in_dim(visibility.segment_ids, start, length, axis=1)
+    kv_ids = visibility.kv_segment_ids[:, kv_start : kv_start + kv_length]
+    seen &= ids[:, :, None] == kv_ids[:, None]
   if visibility.lengths is not None:
     seen &= kv_index < visibility.lengths[:, None, None]
   return seen
+
+
+def last_query(
+  options: Options, lengths: Int[Array, "B"] | None, batch: int, kv_length: int
+) -> tuple[Options, Visibility]:
+  """Decoding as attention: each row's query is that of its last valid key."""
+  if lengths is None:
+    lengths = jnp.full(batch, kv_length)
+  options = dataclasses.replace(options, causal=True, q_offset=None)
+  return options, Visibility(q_offset=lengths - 1, lengths=lengths)
 
 
 def without_padding(
