@@ -6,5 +6,13 @@ from pallas_kernels.diff_attention.api import (
   diff_attention,
   diff_attention_decode,
 )
+from pallas_kernels.diff_attention.reference import Options, Visibility
 
-__all__ = ["IMPLEMENTATIONS", "Implementation", "diff_attention", "diff_attention_decode"]
+__all__ = [
+  "IMPLEMENTATIONS",
+  "Implementation",
+  "Options",
+  "Visibility",
+  "diff_attention",
+  "diff_attention_decode",
+]

@@ -203,7 +203,8 @@ def visible(
     if options.window is not None:
       seen &= position - kv_index < options.window
   if visibility.segment_ids is not None:
-    ids = jax.lax.dynamic_slice_in_dim(visibility.segment_ids, start, length, axis=1)
+    # Clipped one by one, where a slice that hangs over the end would move.
+    ids = jnp.take(visibility.segment_ids, start + jnp.arange(length), axis=1, mode="clip")
     kv_ids = visibility.kv_segment_ids[:, kv_start : kv_start + kv_length]
     seen &= ids[:, :, None] == kv_ids[:, None]
   if visibility.lengths is not None:
