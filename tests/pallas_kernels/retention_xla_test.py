@@ -1,0 +1,25 @@
+"""The suites for retention's forms in jax.numpy."""
+
+import pytest
+from retention_suite import DecodeSuite, RetentionSuite
+
+
+class TestChunkwise(RetentionSuite):
+  implementation = "xla"
+
+  @pytest.mark.parametrize("length,chunk", [(2, 16), (15, 16), (13, 1), (65, 64), (12, None)])
+  def test_any_chunk_size(self, length, chunk):
+    self.chunk = chunk
+    self.check(self.case(length))
+
+
+class TestParallel(RetentionSuite):
+  implementation = "parallel"
+
+
+class TestRecurrent(RetentionSuite):
+  implementation = "recurrent"
+
+
+class TestDecode(DecodeSuite):
+  implementation = "xla"
