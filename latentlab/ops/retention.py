@@ -6,7 +6,6 @@ Batch and heads are sharded as they are. A sharded sequence is a prefix over dev
 and the operation then runs with the state that enters each device as its initial one.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from latentlab.ops.mesh import axes_size, axes_to_map, check_sizes, map_parts
 from latentlab.typing import Array, Float, Int
 from pallas_kernels import retention as kernel
 from pallas_kernels.retention import DecodeImplementation, Implementation
@@ -69,10 +69,10 @@ def retention(
     segment_ids=segment_ids,
   )
   args = {name: x for name, x in args.items() if x is not None}
-  axes = _axes_to_map(spec)
+  axes = axes_to_map(spec)
   if axes is None:
     return kernel.retention(**args, **options)
-  _check_sizes(dict(B=q.shape[0], T=q.shape[1], N=q.shape[2], K=k.shape[2]), axes)
+  check_sizes(dict(B=q.shape[0], T=q.shape[1], N=q.shape[2], K=k.shape[2]), axes)
 
   b, t, n = (names or None for names in axes)
   tokens, state = PartitionSpec(b, t, n, None), PartitionSpec(b, n, None, None)
@@ -91,7 +91,7 @@ def retention(
       return _sequence_sharded(args, axes[1], options)
     return kernel.retention(**args, **options)
 
-  return _map(local, args, specs, (tokens, state))
+  return map_parts(local, args, specs, (tokens, state))
 
 
 def retention_decode(
@@ -130,74 +130,24 @@ def retention_decode(
   args = dict(q=q, k=k, v=v, log_decay=log_decay, state=state)
   if gate is not None:
     args["gate"] = gate
-  axes = _axes_to_map(spec)
+  axes = axes_to_map(spec)
   if axes is None:
     return kernel.retention_decode(**args, **options)
-  _check_sizes(dict(B=q.shape[0], N=q.shape[1], K=k.shape[1]), axes)
+  check_sizes(dict(B=q.shape[0], N=q.shape[1], K=k.shape[1]), axes)
 
   b, _, n = (names or None for names in axes)
   token, whole = PartitionSpec(b, n, None), PartitionSpec(b, n, None, None)
   specs = dict.fromkeys(args, token) | dict(state=whole)
   specs["log_decay"] = PartitionSpec(n) if log_decay.ndim == 1 else PartitionSpec(b, n)
   local = lambda args: kernel.retention_decode(**args, **options)
-  return _map(local, args, specs, (token, whole))
-
-
-def _axes_to_map(spec: PartitionSpec | None) -> tuple[tuple[str, ...], ...] | None:
-  """The mesh axes that batch, length and heads are split over; `None` for a plain call."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if spec is None or set(mesh.axis_names) == set(mesh.manual_axes):  # No mesh, or all within.
-    return None
-  entries = [() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in spec]
-  entries += [()] * (4 - len(entries))
-  if len(entries) > 4 or entries[3]:
-    raise ValueError(f"{spec=} lays out B T N H, of which H stays whole.")
-  if unknown := {name for names in entries for name in names} - set(mesh.axis_names):
-    raise ValueError(f"{spec=} names {sorted(unknown)}; the mesh has {mesh.axis_names}.")
-  if list(entries[1]) != sorted(entries[1], key=mesh.axis_names.index):  # As ppermute demands.
-    raise ValueError(
-      f"{spec=} must name the sequence's axes in the mesh's order, {mesh.axis_names}."
-    )
-  if _axes_size(_free_axes()) == 1:
-    return None
-  split = [a for a in _free_axes() if mesh.shape[a] > 1]
-  return tuple(tuple(a for a in names if a in split) for names in entries[:3])
-
-
-def _free_axes() -> tuple[str, ...]:
-  mesh = jax.sharding.get_abstract_mesh()
-  return tuple(a for a in mesh.axis_names if a not in mesh.manual_axes)
-
-
-def _check_sizes(sizes: dict[str, int], axes: tuple[tuple[str, ...], ...]) -> None:
-  batch, length, heads = axes
-  for letter, names in (("B", batch), ("T", length), ("N", heads), ("K", heads)):
-    size, devices = sizes.get(letter, 0), _axes_size(names)
-    if size % devices:
-      raise ValueError(
-        f"{letter}={size} does not divide over the {devices} devices of mesh axes "
-        f"{names}; change the size, the mesh, or the spec."
-      )
-
-
-def _map(fn, args, specs, out_specs):
-  """`shard_map` over every axis that is not manual yet: a kernel is partitioned by nobody else."""
-  in_specs = ({name: specs[name] for name in args},)
-  return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, axis_names=set(_free_axes()))(
-    args
-  )
-
-
-def _axes_size(names: tuple[str, ...]) -> int:
-  shape = jax.sharding.get_abstract_mesh().shape
-  return math.prod(shape[name] for name in names)
+  return map_parts(local, args, specs, (token, whole))
 
 
 def _sequence_sharded(args, axes, options):
   """Retention of one device's stretch of tokens, within `shard_map` over `axes`."""
   k, v, log_decay = args["k"], args["v"], args["log_decay"]
   batch, length, kv_heads, _ = k.shape
-  index, count = jax.lax.axis_index(axes), _axes_size(axes)
+  index, count = jax.lax.axis_index(axes), axes_size(axes)
   if "lengths" in args:
     args["lengths"] = jnp.clip(args["lengths"] - index * length, 0, length)
   ends = args.get("lengths", jnp.full(batch, length))
