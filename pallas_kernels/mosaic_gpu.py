@@ -165,7 +165,7 @@ def call(
       flops=int(flops), transcendentals=int(transcendentals), bytes_accessed=int(moved)
     )
   interpret = (_interpret_params.get() or plgpu.InterpretGPUParams()) if interpreted() else False
-  return plgpu.kernel(
+  out = plgpu.kernel(
     kernel,
     out_type=out_shape,
     scratch_types=scratch,
@@ -180,3 +180,4 @@ def call(
     interpret=interpret,
     **options,
   )(*args)
+  return tuple(out)

@@ -117,7 +117,7 @@ def compile_for_h100(
     environment = os.environ | dict(
       JAX_PLATFORMS="cpu",  # With a GPU's it would ask for cuDNN.
       MOSAIC_GPU_DUMP_TO=folder,
-      PYTHONPATH=os.pathsep.join([str(_ROOT), str(_ROOT / "tests")]),
+      PYTHONPATH=os.pathsep.join(map(str, (_ROOT, _ROOT / "tests", pathlib.Path(path).parent))),
     )
     command = [sys.executable, __file__, path, function, *args]
     done = subprocess.run(

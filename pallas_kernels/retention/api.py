@@ -8,9 +8,9 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from pallas_kernels.common import dispatch
-from pallas_kernels.retention import reference, tpu
+from pallas_kernels.retention import gpu, reference, tpu
 
-Implementation = Literal["xla", "parallel", "recurrent", "pallas_tpu"]
+Implementation = Literal["xla", "parallel", "recurrent", "pallas_tpu", "pallas_gpu"]
 DecodeImplementation = Literal["xla", "pallas_tpu"]
 
 # One that cannot serve its arguments raises NotImplementedError, with the reason.
@@ -19,12 +19,13 @@ IMPLEMENTATIONS = {
   "parallel": reference.parallel,
   "recurrent": reference.recurrent,
   "pallas_tpu": tpu.chunkwise,
+  "pallas_gpu": gpu.chunkwise,
 }
 
 DECODE_IMPLEMENTATIONS = {"xla": reference.decode, "pallas_tpu": tpu.decode}
 
-_DEFAULTS = {"cpu": ("xla",), "gpu": ("xla",), "tpu": ("xla",)}
-_DECODE_DEFAULTS = {"cpu": ("xla",), "gpu": ("xla",), "tpu": ("xla",)}
+_DEFAULTS = {"cpu": ("xla",), "gpu": ("xla",), "tpu": ("pallas_tpu", "xla")}
+_DECODE_DEFAULTS = {"cpu": ("xla",), "gpu": ("xla",), "tpu": ("pallas_tpu", "xla")}
 
 
 def retention(

@@ -1,0 +1,203 @@
+"""Retention's Mosaic GPU kernel: interpreted, watched for races, and as an H100's machine code."""
+
+import gpu_compile
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from retention_suite import NAMES, RetentionSuite
+
+from pallas_kernels import mosaic_gpu
+from pallas_kernels.retention import gpu, reference
+from pallas_kernels.retention.blocks import GpuBlocks, GpuTile
+
+KERNELS = ("fwd", "bwd_dq", "bwd_dk", "bwd_dv")
+
+
+class TestInterpreted(RetentionSuite):
+  implementation = "pallas_gpu"
+  kernels = tuple(f"retention_chunkwise_{name}" for name in KERNELS)
+  chunk = gpu.CHUNK
+  head_dim = value_dim = 64
+  dtype = "bfloat16"
+  tolerance = {"bfloat16": 5e-3}
+  # A fixed decay's is that of each token's gate, summed, with the last state's rounding in each.
+  decay_tolerance = {"bfloat16": 3e-2}
+  remat = staticmethod(lambda op: op)  # Which jax refuses for interpreted kernels.
+
+  @pytest.fixture(autouse=True)
+  def _interpreter(self):
+    gpu_compile.require_interpreter()
+
+  @pytest.mark.parametrize("per_token", [False, True])
+  def test_bfloat16(self, per_token):
+    self.check(self.case(3 * self.chunk + 12, decays="slow", per_token=per_token))
+
+
+@pytest.fixture
+def interpreter():
+  gpu_compile.require_interpreter()
+
+
+def _inputs(length, head_dim, value_dim, batch=1, heads=2, kv_heads=1, per_token=True):
+  rng = np.random.default_rng(length)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+  decay = rng.exponential(0.2, size=(batch, length, heads) if per_token else (heads,))
+  return (
+    draw(batch, length, heads, head_dim),
+    draw(batch, length, kv_heads, head_dim) * head_dim**-0.5,
+    draw(batch, length, kv_heads, value_dim),
+    jnp.asarray(-decay, jnp.float32),
+    draw(batch, heads, head_dim, value_dim).astype(jnp.float32),
+  )
+
+
+def _outputs_and_grads(op, args):
+  """Both outputs, and the gradients of a sum that weighs both of them at random."""
+
+  def weighed(*args):
+    out = op(*args)
+    rng = np.random.default_rng(1)
+    weights = [jnp.asarray(rng.normal(size=x.shape), jnp.bfloat16) for x in out]
+    return sum(jnp.sum(x * w.astype(x.dtype)) for x, w in zip(out, weights, strict=True)), out
+
+  (_, out), grads = jax.jit(jax.value_and_grad(weighed, range(len(args)), has_aux=True))(*args)
+  return *out, *grads
+
+
+def _assert_matches_recurrent(args, blocks=None, **options):
+  op = lambda *a: gpu.chunkwise(*a, **options, blocks=blocks)
+  got = _outputs_and_grads(op, args)
+  with jax.enable_x64(True):  # Of the same rounded inputs.
+    exact = [jnp.asarray(np.asarray(x, np.float64)) for x in args]
+    want = _outputs_and_grads(lambda *a: reference.recurrent(*a, **options), exact)
+  for name, a, b in zip(NAMES, got, want, strict=True):
+    a, b = np.asarray(a, np.float64), np.asarray(b)
+    tolerance = 1e-2 if name == "dlog_decay" else 5e-3
+    assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b), name
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_rows_of_a_state_in_several_blocks(interpreter, per_token):
+  """As a state of 256 by 512 has them in the gradients of queries and keys."""
+  tile = GpuTile(rows=64, warpgroups=1)
+  blocks = GpuBlocks(fwd=tile, bwd_dq=tile, bwd_dk=tile, bwd_dv=tile)
+  _assert_matches_recurrent(_inputs(70, 128, 64, per_token=per_token), blocks=blocks)
+
+
+def test_two_warpgroups_share_queries_and_keys(interpreter):
+  tile = GpuTile(rows=128, warpgroups=2)
+  blocks = GpuBlocks(fwd=tile, bwd_dq=tile, bwd_dk=tile, bwd_dv=tile)
+  _assert_matches_recurrent(_inputs(130, 128, 128, heads=1), blocks=blocks)
+
+
+def test_three_stages(interpreter):
+  tile = GpuTile(rows=64, warpgroups=1, stages=3)
+  blocks = GpuBlocks(fwd=tile, bwd_dq=tile, bwd_dk=tile, bwd_dv=tile)
+  _assert_matches_recurrent(_inputs(300, 64, 64, heads=1), blocks=blocks)
+
+
+def test_no_races(interpreter):
+  """Of two warpgroups, over more chunks than stages, along the sequence and against it."""
+  tile = GpuTile(rows=64, warpgroups=2)
+  upright, lying = tile, GpuTile(rows=128, warpgroups=1)
+  blocks = GpuBlocks(fwd=upright, bwd_dq=lying, bwd_dk=lying, bwd_dv=upright)
+  with gpu_compile.race_detection():
+    _assert_matches_recurrent(_inputs(200, 64, 128, heads=1), blocks=blocks)
+
+
+def program(head_dim, value_dim, per_token):
+  """What `test_machine_code` compiles, in a process of its own."""
+  head_dim, value_dim, batch, length, heads = int(head_dim), int(value_dim), 4, 4096, 8
+  of = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
+  queries, values = of(batch, length, heads, head_dim), of(batch, length, heads, value_dim)
+  state = of(batch, heads, head_dim, value_dim, dtype=jnp.float32)
+  decay_shape = (batch, length, heads) if per_token == "True" else (heads,)
+
+  def both(*args):
+    *args, dout, dstate = args
+    out, vjp = jax.vjp(gpu.chunkwise, *args)
+    grads = vjp((dout, dstate))
+    return out, grads if per_token == "True" else grads[:3]
+
+  log_decay = of(*decay_shape, dtype=jnp.float32)
+  return both, (queries, queries, values, log_decay, state, values, state)
+
+
+@pytest.mark.parametrize(
+  "head_dim,value_dim,per_token", [(256, 512, False), (256, 256, True), (64, 128, True)]
+)
+def test_machine_code(head_dim, value_dim, per_token):
+  """No register is spilled, and no matrix product waits for one."""
+  reports = gpu_compile.compile_for_h100(
+    __file__, "program", str(head_dim), str(value_dim), str(per_token)
+  )
+  assert sorted(reports) == sorted(f"retention_chunkwise_{name}" for name in KERNELS)
+  for name, report in reports.items():
+    assert report.spilled_bytes == 0 and not report.serialized, (name, report)
+    assert report.smem_bytes <= mosaic_gpu.MAX_SMEM_BYTES, (name, report)
+    # Of 16 deep instructions: the scores', the state's read-out and update, the values'.
+    tile = getattr(
+      GpuBlocks.for_sizes(32, head_dim, value_dim), name[len("retention_chunkwise_") :]
+    )
+    assert report.num_hgmma == 3 * tile.rows // 16 + 4, (name, report)
+
+
+@pytest.mark.parametrize(
+  "change,match",
+  [
+    (dict(q=jnp.float32), "bfloat16 or float16"),
+    (dict(head_dim=96), "head_dim=96"),
+    (dict(head_dim=320), "head_dim=320"),
+    (dict(value_dim=576), "value_dim=576"),
+    (dict(length=0), "empty"),
+  ],
+  ids=lambda x: x if isinstance(x, str) else "-".join(x),
+)
+def test_refuses(interpreter, change, match):
+  sizes = dict(length=4, head_dim=64, value_dim=64) | {k: v for k, v in change.items() if k != "q"}
+  q, *args = _inputs(**sizes)
+  with pytest.raises(NotImplementedError, match=match):
+    gpu.chunkwise(q.astype(change.get("q", q.dtype)), *args[:3])
+
+
+def test_refuses_where_mosaic_gpu_cannot_serve(monkeypatch):
+  args = _inputs(4, 64, 64)[:4]
+  monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
+  with pytest.raises(NotImplementedError, match="jax 0.11"):
+    gpu.chunkwise(*args)
+
+
+@pytest.mark.parametrize(
+  "kind,platform,refused",
+  [
+    ("NVIDIA H200", "gpu", None),
+    ("NVIDIA B200", "gpu", "wgmma"),
+    ("TPU v5e", "tpu", "not on 'tpu'"),
+  ],
+)
+def test_target_is_the_meshs_device(interpreter, kind, platform, refused):
+  device = jax.sharding.AbstractDevice(kind, 132, platform)
+  mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+  with jax.sharding.use_abstract_mesh(mesh):
+    if refused is None:
+      return mosaic_gpu.refuse_unless_supported()
+    with pytest.raises(NotImplementedError, match=refused):
+      mosaic_gpu.refuse_unless_supported()
+
+
+@pytest.mark.parametrize(
+  "tile,rows,columns",
+  [
+    (GpuTile(96, 1), 96, 64),
+    (GpuTile(128, 1), 192, 64),
+    (GpuTile(64, 2), 64, 64),
+    (GpuTile(64, 3), 64, 192),
+    (GpuTile(64, 1, stages=1), 64, 64),
+    (GpuTile(256, 2, stages=3), 256, 128),
+  ],
+  ids=str,
+)
+def test_tile_that_does_not_fit(tile, rows, columns):
+  with pytest.raises(ValueError, match="needs|takes"):
+    tile.check(rows, columns)
