@@ -141,6 +141,8 @@ def call(
 ) -> tuple[Array, ...]:
   """Runs a Mosaic GPU kernel on `args`: compiled for a GPU, interpreted elsewhere.
 
+  Inside `shard_map` operands and results are marked as varying alike, as it demands.
+
   Args:
     kernel: Function of references: inputs and outputs in the card's memory, then the scratch by
       its names.
@@ -156,8 +158,6 @@ def call(
       the ones that the kernel names, where warpgroups' would have to infer them.
   """
   args = vary_alike(*args)
-  varying = jax.typeof(args[0]).manual_axis_type
-  out_shape = [jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varying) for x in out_shape]
   moved = sum(x.size * x.dtype.itemsize for x in (*args, *out_shape))
   options = {}
   if "cost_estimate" in inspect.signature(plgpu.kernel).parameters:  # From jax 0.12 on.
@@ -167,7 +167,7 @@ def call(
   interpret = (_interpret_params.get() or plgpu.InterpretGPUParams()) if interpreted() else False
   out = plgpu.kernel(
     kernel,
-    out_type=out_shape,
+    out_type=tuple(out_shape),
     scratch_types=scratch,
     grid=tuple(grid.values()),
     grid_names=tuple(grid),
@@ -180,4 +180,4 @@ def call(
     interpret=interpret,
     **options,
   )(*args)
-  return tuple(out)
+  return vary_alike(args[0], *out)[1:]  # Which the kernel has forgotten inside `shard_map`.
