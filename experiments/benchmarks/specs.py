@@ -45,3 +45,51 @@ SIZES = {
   "3m": Size(6, 192, dict(transformer=3, retnet=3), 1024, 8, 256),
   "10m": Size(4, 384, dict(transformer=6, retnet=3), 4096, 4, 512),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+  """A call of an op on keys and values.
+
+  Attributes:
+    batch: Rows.
+    length: Tokens of each, of queries as of keys.
+    num_heads: Heads.
+    head_dim: Of queries and keys; of one map's, where there are two.
+    value_head_dim: Of values.
+    gated: Whether each token has its own decay, and a gradient of it.
+  """
+
+  batch: int
+  length: int
+  num_heads: int
+  head_dim: int
+  value_head_dim: int
+  gated: bool = False
+
+
+# RetNet's heads, and the shapes that flash-linear-attention publishes figures of.
+RETENTION = {
+  "tiny": Attention(2, 70, 2, 64, 128),  # Of tests.
+  "tiny_gated": Attention(2, 70, 2, 64, 128, gated=True),
+  "retnet_4k": Attention(8, 4096, 8, 256, 512),
+  "retnet_4k_gated": Attention(8, 4096, 8, 256, 512, gated=True),
+  "retnet_16k": Attention(8, 16384, 8, 256, 512),
+  "retnet_64k": Attention(8, 65536, 8, 256, 512),
+  "retnet_64k_row": Attention(1, 65536, 8, 256, 512),
+  "fla_b8_t2048_h32_d256": Attention(8, 2048, 32, 256, 256),
+  "fla_b1_t8192_h96_d128": Attention(1, 8192, 96, 128, 128),
+  "fla_b2_t16384_h16_d128": Attention(2, 16384, 16, 128, 128),
+  "fla_b4_t4096_h64_d128": Attention(4, 4096, 64, 128, 128),
+  "fla_b4_t2048_h16_d128": Attention(4, 2048, 16, 128, 128),
+  "fla_b8_t1024_h8_d64": Attention(8, 1024, 8, 64, 64),
+}
+
+# Causal differential attention.
+DIFF_ATTENTION = {
+  "tiny": Attention(1, 70, 2, 32, 64),
+  "diff_4k": Attention(4, 4096, 16, 128, 256),
+  "diff_8k": Attention(4, 8192, 16, 128, 256),
+  "diff_16k": Attention(4, 16384, 16, 128, 256),
+  "diff_32k": Attention(4, 32768, 16, 128, 256),
+}
