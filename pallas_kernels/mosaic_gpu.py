@@ -137,6 +137,7 @@ def call(
   scratch: dict[str, Any],
   flops: int,
   transcendentals: int = 0,
+  in_place: Sequence[Array] = (),
   **compiler_params: Any,
 ) -> tuple[Array, ...]:
   """Runs a Mosaic GPU kernel on `args`: compiled for a GPU, interpreted elsewhere.
@@ -144,8 +145,8 @@ def call(
   Inside `shard_map` operands and results are marked as varying alike, as it demands.
 
   Args:
-    kernel: Function of references: inputs and outputs in the card's memory, then the scratch by
-      its names.
+    kernel: Function of references: inputs, outputs and what is changed in place, in the card's
+      memory, then the scratch by its names.
     *args: Operands.
     name: The kernel's, as the compiled program shows it.
     out_shape: Shapes and dtypes of the results.
@@ -154,19 +155,27 @@ def call(
     scratch: Shared memory and barriers, which the block's warpgroups share.
     flops: For the compiler's scheduler, which can't see inside.
     transcendentals: Likewise.
+    in_place: Arrays that the kernel reads and writes; their last values follow the results.
     **compiler_params: Fields of `plgpu.CompilerParams`. Lanes' semantics by default: layouts are
       the ones that the kernel names, where warpgroups' would have to infer them.
   """
-  args = vary_alike(*args)
-  moved = sum(x.size * x.dtype.itemsize for x in (*args, *out_shape))
+  args = vary_alike(*args, *in_place)
+  args, in_place = args[: len(args) - len(in_place)], args[len(args) - len(in_place) :]
+  moved = sum(x.size * x.dtype.itemsize for x in (*args, *out_shape, *in_place, *in_place))
   options = {}
   if "cost_estimate" in inspect.signature(plgpu.kernel).parameters:  # From jax 0.12 on.
     options["cost_estimate"] = pl.CostEstimate(
       flops=int(flops), transcendentals=int(transcendentals), bytes_accessed=int(moved)
     )
   interpret = (_interpret_params.get() or plgpu.InterpretGPUParams()) if interpreted() else False
+  num_inputs, references = len(args), [jax.new_ref(x) for x in in_place]
+
+  def reordered(*refs, **scratch_refs):
+    changed = refs[num_inputs : num_inputs + len(references)]
+    kernel(*refs[:num_inputs], *refs[num_inputs + len(references) :], *changed, **scratch_refs)
+
   out = plgpu.kernel(
-    kernel,
+    reordered,
     out_type=tuple(out_shape),
     scratch_types=scratch,
     grid=tuple(grid.values()),
@@ -179,5 +188,6 @@ def call(
     ),
     interpret=interpret,
     **options,
-  )(*args)
+  )(*args, *references)
+  out = (*out, *(jax.freeze(x) for x in references))
   return vary_alike(args[0], *out)[1:]  # Which the kernel has forgotten inside `shard_map`.

@@ -8,10 +8,10 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from pallas_kernels.common import dispatch
-from pallas_kernels.retention import gpu, reference, tpu
+from pallas_kernels.retention import gpu, gpu_decode, reference, tpu
 
 Implementation = Literal["xla", "parallel", "recurrent", "pallas_tpu", "pallas_gpu"]
-DecodeImplementation = Literal["xla", "pallas_tpu"]
+DecodeImplementation = Literal["xla", "pallas_tpu", "pallas_gpu"]
 
 # One that cannot serve its arguments raises NotImplementedError, with the reason.
 IMPLEMENTATIONS = {
@@ -22,7 +22,11 @@ IMPLEMENTATIONS = {
   "pallas_gpu": gpu.chunkwise,
 }
 
-DECODE_IMPLEMENTATIONS = {"xla": reference.decode, "pallas_tpu": tpu.decode}
+DECODE_IMPLEMENTATIONS = {
+  "xla": reference.decode,
+  "pallas_tpu": tpu.decode,
+  "pallas_gpu": gpu_decode.decode,
+}
 
 _DEFAULTS = {"cpu": ("xla",), "gpu": ("xla",), "tpu": ("pallas_tpu", "xla")}
 _DECODE_DEFAULTS = {"cpu": ("xla",), "gpu": ("xla",), "tpu": ("pallas_tpu", "xla")}
