@@ -98,9 +98,9 @@ def _backward(options, blocks, residuals, cotangents):
   (batch, length, heads, *_), value_dim = q.shape, v.shape[-1]
 
   def per_head(x):
-    return x[:, :length].reshape(batch, length, heads, value_dim).astype(jnp.float32)
+    return x[:, :length].reshape(batch, length, heads, value_dim)
 
-  difference, out2 = per_head(outs.get("difference", outs["out"])), per_head(outs["out2"])
+  difference, out2 = per_head(outs["difference"]), per_head(outs["out2"])
   grads = {}
   if options.eps is not None:
     norm = lambda gain, x: reference.headwise_norm(options, x, gain)

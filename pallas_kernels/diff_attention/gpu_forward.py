@@ -36,6 +36,9 @@ def forward(
 ) -> dict[str, Array]:
   """Outputs `out`; to `save` also `lse`, `out2` of map 2, and `difference` before any norm.
 
+  The latter two in float32: the backward subtracts what they make from terms that, for a query of
+  few keys, cancel it.
+
   Args:
     options: Of the call.
     blocks: Tile sizes.
@@ -64,20 +67,18 @@ def forward(
     **tiles.mask_operands(visibility),
   )
   given = {name: x for name, x in operands.items() if x is not None}
-  rows = jax.ShapeDtypeStruct((*operands["q"].shape[:2], heads * value_dim), dtype)
-  out_shape = dict(out=rows)
+  shape = (*operands["q"].shape[:2], heads * value_dim)
+  out_shape = dict(out=jax.ShapeDtypeStruct(shape, dtype))
   if save or options.return_lse:
     lse_shape = (batch, heads, 2, tiles.padded(length))
     out_shape["lse"] = jax.ShapeDtypeStruct(lse_shape, jnp.float32)
   if save:
-    out_shape["out2"] = rows
-    if normalise:
-      out_shape["difference"] = rows
+    out_shape |= dict.fromkeys(("out2", "difference"), jax.ShapeDtypeStruct(shape, jnp.float32))
 
   def kernel(*refs, staged, lse_s, q_ready, k_ready, v_ready, v_free, finished, handed_over):
     refs = dict(zip((*given, *out_shape), refs, strict=True))
     refs = types.SimpleNamespace(**dict.fromkeys((*operands, "lse", "out2", "difference")) | refs)
-    (q_s, k_s, v_s, weights_s, *ids_s), (theirs_s, *out_s) = staged
+    (q_s, k_s, v_s, weights_s, *ids_s), (out2_s, out_s, difference_s) = staged
     row, head = lax.axis_index("row"), lax.axis_index("head")
     block = queries - 1 - lax.axis_index("block")  # The longest first.
     m = lax.axis_index("warpgroup")
@@ -165,31 +166,31 @@ def forward(
 
     @pl.when(m == 1)
     def _():
-      lam = tiles.load_vector(refs.lam.at[row, head, pl.ds(query, _ROWS)], 0)
       plgpu.barrier_wait(finished)  # The first warpgroup no longer reads what is overlaid.
-      theirs_s[...] = acc * tiles.spread(lam, acc.shape)
+      out2_s[...] = acc
       plgpu.barrier_arrive(handed_over)
       if save:
-        out_s[1][...] = acc.astype(dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out_s[1], refs.out2.at[target])
+        plgpu.copy_smem_to_gmem(out2_s, refs.out2.at[target])
 
     @pl.when(m == 0)
     def _():
       plgpu.barrier_arrive(finished)
+      lam = tiles.load_vector(refs.lam.at[row, head, pl.ds(query, _ROWS)], 0)
       plgpu.barrier_wait(handed_over)
-      out = acc - plgpu.load(theirs_s, layout=plgpu.Layout.WGMMA)
-      if refs.difference is not None:
-        out_s[2][...] = out.astype(dtype)
+      out2 = plgpu.load(out2_s, layout=plgpu.Layout.WGMMA)
+      out = acc - out2 * tiles.spread(lam, acc.shape)
+      if save:
+        difference_s[...] = out
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out_s[2], refs.difference.at[target])
+        plgpu.copy_smem_to_gmem(difference_s, refs.difference.at[target])
       if normalise:
         square = (out * out).sum(axis=1) / value_dim
         out *= tiles.spread(lax.rsqrt(square + options.eps), out.shape)
         out *= tiles.spread(tiles.load_vector(refs.gain, 1), out.shape, 1)
-      out_s[0][...] = out.astype(dtype)
+      out_s[...] = out.astype(dtype)
       plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(out_s[0], refs.out.at[target])
+      plgpu.copy_smem_to_gmem(out_s, refs.out.at[target])
 
     plgpu.wait_smem_to_gmem(0)
 
@@ -202,9 +203,7 @@ def forward(
   ]
   if documents:
     loop.append(plgpu.SMEM((2, stages, tile), jnp.int32))
-  end = [smem((_ROWS, value_dim), jnp.float32)] + [smem((_ROWS, value_dim), dtype)] * len(
-    [name for name in out_shape if name != "lse"]
-  )
+  end = [smem((_ROWS, value_dim), x) for x in (jnp.float32, dtype, jnp.float32)]
   barrier = plgpu.Barrier
   pairs = length * kv_length // (2 if options.causal else 1)
   outs = mosaic_gpu.call(
