@@ -71,21 +71,18 @@ class TpuBlocks:
 
   @classmethod
   def for_sizes(cls, sizes: Sizes, chunk_size: int | None = None) -> "TpuBlocks":
-    """Few enough tokens that work within a chunk stays small, heads enough to hide its latency.
+    """Few enough tokens that work within a chunk stays small, heads enough to hide latencies.
 
     Raises:
       NotImplementedError: Not even one head's state fits.
     """
     chunk = _round_chunk(chunk_size or chip().mxu_column_size, sizes.length)
 
-    def tile(most_heads: int) -> TpuTile:
-      tiles = [TpuTile(chunk, heads) for heads in _even_shares(sizes, most_heads)]
-      fitting = [tile for tile in tiles if tile.vmem_bytes(sizes) <= vmem_limit_bytes()]
-      if not fitting:
-        raise NotImplementedError(f"{tiles[0]} needs {tiles[0].vmem_bytes(sizes)} bytes at once.")
-      return fitting[-1]
-
-    return cls(tile(4), tile(4), tile(2))
+    tiles = [TpuTile(chunk, heads) for heads in _even_shares(sizes, _most_heads(sizes))]
+    fitting = [tile for tile in tiles if tile.vmem_bytes(sizes) <= vmem_limit_bytes()]
+    if not fitting:
+      raise NotImplementedError(f"{tiles[0]} needs {tiles[0].vmem_bytes(sizes)} bytes at once.")
+    return cls(*fitting[-1:] * 3)
 
   def check(self, sizes: Sizes) -> None:
     """Raises a `ValueError` where a tile does not fit the sizes."""
@@ -94,9 +91,14 @@ class TpuBlocks:
 
 
 def decode_heads(sizes: Sizes) -> int:
-  """Heads per step of the TPU's decoding: as many as have 2 MiB of states, or the one."""
+  """Heads per step of the TPU's decoding."""
+  return max(_even_shares(sizes, _most_heads(sizes)))
+
+
+def _most_heads(sizes: Sizes) -> int:
+  """As many as have 2 MiB of states, at most eight: beyond, a step's start and end hardly show."""
   state = padded_bytes((sizes.head_dim, sizes.value_dim), "float32")
-  return max(_even_shares(sizes, max(1, 2**21 // state)))
+  return min(8, max(1, 2**21 // state))
 
 
 def _round_chunk(chunk: int, length: int) -> int:

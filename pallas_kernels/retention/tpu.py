@@ -291,31 +291,34 @@ def _decays(walk, count, log_decay, sums, *, transposed: bool = False) -> Callab
   chunk, heads = walk.tile.chunk, walk.tile.heads
   row, column = _iota((chunk, 1)), _iota((1, chunk))
   seen = row <= column if transposed else column <= row
-  sign = -1 if transposed else 1
-
-  def decays(scale, rows, columns, lasts):
-    difference = lambda xs, ys: sum(x - y for x, y in zip(xs, ys, strict=True))
-    return _Decays(
-      inner=jnp.exp(jnp.where(seen, scale * sign * difference(rows, columns), RESET)),
-      enter=jnp.exp(scale * sum(rows)),
-      leave=jnp.exp(scale * difference(lasts, rows)),
-      carry=jnp.exp(scale * sum(lasts)),
-    )
+  between = (lambda x, y: y - x) if transposed else (lambda x, y: x - y)
 
   if sums is None:  # A fixed decay acts once per token, and no more after the last valid one.
     count = chunk if count is None else count
     row, column = (jnp.minimum(x + 1, count).astype(jnp.float32) for x in (row, column))
     last = jnp.full((1, 1), count, jnp.int32).astype(jnp.float32)
-    first_head = pl.program_id(1) * heads
-    return lambda i: decays(log_decay[first_head + i], [row], [column], [last])
+    gap = between(row, column)
 
-  by_row, by_column = sums[...], sums[...].T
-  return lambda i: decays(
-    1,
-    [by_column[:, j : j + 1] for j in (i, heads + i)],
-    [by_row[j : j + 1] for j in (i, heads + i)],
-    [by_row[j : j + 1, chunk - 1 :] for j in (i, heads + i)],
-  )
+    def fixed(i):
+      g = log_decay[pl.program_id(1) * heads + i]
+      inner = jnp.exp(jnp.where(seen, g * gap, RESET))
+      return _Decays(inner, jnp.exp(g * row), jnp.exp(g * (last - row)), jnp.exp(g * last))
+
+    return fixed
+
+  # Exponentials of rows fill the lanes; one transpose makes columns of them all.
+  coarse, fine = sums[:heads], sums[heads : 2 * heads]
+  enter = jnp.exp(coarse + fine)
+  leave = jnp.exp((coarse[:, chunk - 1 :] - coarse) + (fine[:, chunk - 1 :] - fine))
+  columns = jnp.concatenate([coarse, fine, enter, leave]).T
+
+  def per_token(i):
+    coarse_i, fine_i, enter_i, leave_i = (columns[:, j : j + 1] for j in range(i, 4 * heads, heads))
+    gap = between(coarse_i, coarse[i : i + 1]) + between(fine_i, fine[i : i + 1])
+    inner = jnp.exp(jnp.where(seen, gap, RESET))
+    return _Decays(inner, enter_i, leave_i, enter[i : i + 1, chunk - 1 :])
+
+  return per_token
 
 
 def _iota(shape: tuple[int, int]) -> Array:

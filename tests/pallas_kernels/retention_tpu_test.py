@@ -27,19 +27,18 @@ class TestInterpreted(RetentionSuite):
   implementation = "pallas_tpu"
   kernels = KERNELS
   chunk = 128
-  # A fixed decay's gradient weighs each token's difference by its position.
-  decay_tolerance = {"float32": 1e-4, "bfloat16": 5e-3}
+  # A fixed decay's gradient weighs the difference at each token by its position.
+  decay_tolerance = {"float32": 3e-4, "bfloat16": 5e-3}
 
   def test_heads_side_by_side(self):
     """Multiples of 128 are not transposed."""
     self.check(Case(200, 128, 256))
 
-  def test_steps_that_have_part_of_a_group(self):
-    self.check(self.case(150, heads=8, kv_heads=1, per_token=True))
-
-  def test_sweeps_of_different_chunks(self):
-    case = self.case(300)
-    blocks = TpuBlocks(TpuTile(256, 2), TpuTile(128, 2), TpuTile(128, 1))
+  @pytest.mark.parametrize("heads,kv_heads", [(2, 2), (4, 1)], ids=["alone", "part-of-a-group"])
+  def test_blocks_change_nothing(self, heads, kv_heads):
+    """Kernels may differ in theirs, and a step may have a part of the heads that share a key."""
+    case = self.case(300, heads=heads, kv_heads=kv_heads)
+    blocks = TpuBlocks(TpuTile(256, 1), TpuTile(128, 2), TpuTile(128, 1))
     op = lambda q, k, v, g, state: tpu.chunkwise(q, k, v, g, state, blocks=blocks)
     got, want = (outputs_and_gradients(f, case.args()) for f in (op, self.op()))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), got, want)
