@@ -133,6 +133,13 @@ def test_no_races(interpreter):
     _assert_matches_recurrent(_inputs(200, 64, 128, heads=1), blocks=blocks)
 
 
+@pytest.mark.cpu_only
+def test_no_races_in_decoding(interpreter):
+  inputs = TestDecode().inputs()
+  with gpu_compile.race_detection():
+    jax.block_until_ready(jax.jit(functools.partial(gpu_decode.decode, norm_eps=1e-6))(**inputs))
+
+
 def program(head_dim, value_dim, per_token):
   """What `test_machine_code` compiles, in a process of its own."""
   head_dim, value_dim, batch, length, heads = int(head_dim), int(value_dim), 4, 4096, 8
@@ -211,6 +218,12 @@ def test_refuses(interpreter, change, match):
   q, *args = _inputs(**sizes)
   with pytest.raises(NotImplementedError, match=match):
     gpu.chunkwise(q.astype(change.get("q", q.dtype)), *args[:3])
+
+
+def test_decoding_refuses_rows_that_threads_do_not_share_evenly(interpreter):
+  inputs = {k: x[..., :64] for k, x in TestDecode().inputs().items()}
+  with pytest.raises(NotImplementedError, match="value_dim=64"):
+    gpu_decode.decode(**inputs)
 
 
 def test_refuses_where_mosaic_gpu_cannot_serve(monkeypatch):
