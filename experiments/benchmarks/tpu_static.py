@@ -41,7 +41,7 @@ class Case:
 
   Attributes:
     build: Makes the function, and the shapes and dtypes of its arguments.
-    token_heads: Tokens times query heads of the whole call.
+    token_heads: Tokens times query heads of the whole call; of decoding, states.
   """
 
   build: Callable[[], tuple[Callable[..., Any], list[tuple[tuple[int, ...], str]]]]
@@ -100,6 +100,29 @@ def _retention_decode(batch: int, heads: int, head_dim: int, value_dim: int) -> 
   return Case(build, batch * heads)
 
 
+def _diff_attention(
+  length: int, head_dim: int, *, heads: int = 2, causal: bool = True, backward: bool = False
+) -> Case:
+  def build():
+    import jax
+
+    from pallas_kernels.diff_attention import diff_attention
+
+    keys = (1, length, heads, 2, head_dim)
+    values = (1, length, heads, 2 * head_dim)
+    shapes = [(keys, "bfloat16"), (keys, "bfloat16"), (values, "bfloat16"), ((heads,), "float32")]
+
+    def forward(*args):
+      return diff_attention(*args, scale=0.1, causal=causal, implementation="pallas_tpu")
+
+    if not backward:
+      return forward, shapes
+    shapes.append((values, "bfloat16"))
+    return lambda *args: jax.vjp(forward, *args[:4])[1](args[4]), shapes
+
+  return Case(build, length * heads)
+
+
 _RETNET = dict(batch=8, length=4096, heads=8, head_dim=256, value_dim=512)
 _YOCO = dict(batch=8, length=4096, heads=8, head_dim=256, value_dim=256, gated=True)
 
@@ -109,6 +132,12 @@ CASES: Mapping[str, Case] = {
   "retention/yoco/fwd": _retention(**_YOCO),
   "retention/yoco/bwd": _retention(**_YOCO, backward=True),
   "retention/retnet/decode": _retention_decode(8, 8, 256, 512),
+  # Without a mask every step is the same; under one, the two kinds of step are branches.
+  "diff_attention/full/fwd": _diff_attention(4096, 128, causal=False),
+  "diff_attention/full/bwd": _diff_attention(4096, 128, causal=False, backward=True),
+  "diff_attention/full64/fwd": _diff_attention(4096, 64, causal=False),
+  "diff_attention/full64/bwd": _diff_attention(4096, 64, causal=False, backward=True),
+  "diff_attention/causal/bwd": _diff_attention(4096, 128, backward=True),
 }
 
 
@@ -144,6 +173,7 @@ def _compile(name: str, chip: str) -> dict[str, Any]:
     )
   return dict(
     kernels=kernels,
+    cores=info.num_cores,
     flops_per_cycle=per_cycle,
     bytes_per_cycle=info.mem_bw_bytes_per_second / hertz,
   )
@@ -154,7 +184,7 @@ class Schedule:
   """What a kernel's final bundles show.
 
   Attributes:
-    steps: Grid steps of the call.
+    steps: Grid steps that a core takes.
     loop: Bundles of the loop over them, whether or not a step runs them all.
     rare: Those that a branch skips on most steps: the first or last ones of a sequence.
     units: Uses of each unit in the loop, by name.
@@ -228,16 +258,17 @@ def _measure(name: str, chip: str) -> list[dict[str, Any]]:
         read("final_bundles"), read("final_hlo-static-per-bundle-utilization")
       )
       steady = schedule.loop - schedule.rare
-      ideal = facts["flops"] / schedule.steps / compiled["flops_per_cycle"]
-      moved = facts["bytes"] / schedule.steps / compiled["bytes_per_cycle"]
-      per_step = CASES[name].token_heads / schedule.steps
+      steps = schedule.steps * compiled["cores"]  # Cores of a chip share the grid.
+      ideal = facts["flops"] / steps / compiled["flops_per_cycle"]
+      moved = facts["bytes"] / steps / compiled["bytes_per_cycle"]
+      per_step = CASES[name].token_heads / steps
       entries.append(
         dict(
           case=name,
           chip=chip,
           # Under a gradient the name of the call says so.
           kernel=re.sub(r"^(transpose_|jvp_)+|_*(\.\d+)?$", "", kernel),
-          grid_steps=schedule.steps,
+          grid_steps=steps,
           bundles_per_step=steady,
           rare_bundles=schedule.rare,
           ideal_mxu_cycles=round(ideal, 1),
@@ -273,19 +304,21 @@ def main(argv: list[str]) -> None:
     print(json.dumps(_compile(_WORKER.value, _CHIPS.value[0])))
     return
   chosen = [n for n in CASES if not _CASES.value or n.startswith(tuple(_CASES.value))]
-  rows = []
+  rows, versions = [], _versions()
   for name in chosen:
     for chip in _CHIPS.value:
-      rows += _measure(name, chip)
-      for row in rows[-4:]:
-        if (row["case"], row["chip"]) == (name, chip):
-          print(
-            "  ".join(f"{k}={v}" for k, v in row.items() if k != "vmem_limit_bytes"), flush=True
-          )
+      for row in _measure(name, chip):
+        print("  ".join(f"{k}={v}" for k, v in row.items()), flush=True)
+        rows.append(row | versions)
   if _OUTPUT.value:
     path = pathlib.Path(_OUTPUT.value)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(dict(versions=_versions(), kernels=rows), indent=1) + "\n")
+    # Rows of cases and chips that were left out stay, with the versions that they were made by.
+    old = json.loads(path.read_text())["kernels"] if path.exists() else []
+    made = {(row["case"], row["chip"]) for row in rows}
+    rows += [row for row in old if (row["case"], row["chip"]) not in made]
+    rows.sort(key=lambda row: (row["case"], row["chip"], row["kernel"]))
+    path.write_text(json.dumps(dict(kernels=rows), indent=1) + "\n")
 
 
 if __name__ == "__main__":
