@@ -1,0 +1,242 @@
+"""Differential attention's Mosaic GPU kernels: interpreted, watched for races, as machine code.
+
+The interpreter takes seconds to trace a kernel, and they are three; on a card the same tests run
+them in earnest.
+"""
+
+import dataclasses
+
+import gpu_compile
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from diff_attention_suite import Case, DiffAttentionSuite
+
+from pallas_kernels import mosaic_gpu
+from pallas_kernels.diff_attention import gpu, gpu_tiles, reference
+from pallas_kernels.diff_attention.blocks import GpuBlocks
+from pallas_kernels.diff_attention.reference import Options, Visibility
+
+KERNELS = ("diff_attention_fwd", "diff_attention_bwd_dq", "diff_attention_bwd_dkv")
+
+
+def _slow(*values):
+  return pytest.param(*values, marks=pytest.mark.slow)
+
+
+class TestDiffAttention(DiffAttentionSuite):
+  implementation = "pallas_gpu"
+  kernels = KERNELS
+  block = 64
+  head_dim = value_dim = 64
+  dtype = "bfloat16"
+  tolerance = {"bfloat16": 5e-3}
+  lam_tolerance = {"bfloat16": 1e-2}  # Of rounded gradients of outputs, a few tokens' worth.
+  decodes = False
+  remat = staticmethod(lambda op: op)  # Which jax refuses for interpreted kernels.
+
+  @pytest.fixture(autouse=True)
+  def _interpreter(self):
+    gpu_compile.require_interpreter()
+
+  @pytest.mark.parametrize("blocks,more", [(0, 7), _slow(0, 1), _slow(1, 0), _slow(1, 1)])
+  def test_any_length(self, blocks, more):
+    super().test_any_length(blocks, more)
+
+  @pytest.mark.parametrize("lam", [_slow("scalar"), _slow("token")])
+  def test_lambdas(self, lam):
+    super().test_lambdas(lam)
+
+  @pytest.mark.parametrize(
+    "heads,kv_heads,shared", [_slow(4, 2, False), (3, 1, False), (4, 2, True)]
+  )
+  def test_shares_key_heads(self, heads, kv_heads, shared):
+    super().test_shares_key_heads(heads, kv_heads, shared)
+
+  @pytest.mark.parametrize("lam", [_slow("head"), "token"])
+  def test_headwise_norm(self, lam):
+    super().test_headwise_norm(lam)
+
+  @pytest.mark.parametrize("blocks", [_slow(0), 1, _slow(2)])
+  def test_windows(self, blocks):
+    super().test_windows(blocks)
+
+  @pytest.mark.parametrize("offset", [_slow(0), _slow(5), 40])
+  def test_queries_begin_anywhere(self, offset):
+    super().test_queries_begin_anywhere(offset)
+
+  @pytest.mark.parametrize("padded,packed", [_slow(True, False), _slow(False, True), (True, True)])
+  def test_lengths_and_documents(self, padded, packed):
+    """Without the norm, which makes a hundredth of rounding where lambda all but cancels a row."""
+    self.check(self.case(2 * self.block + 5, padded=padded, packed=packed, kv_heads=1))
+
+  @pytest.mark.parametrize("norm", [False, _slow(True)])
+  def test_bfloat16(self, norm):
+    """The paper's sizes."""
+    case = self.case(self.block + 12, head_dim=128, value_dim=256, norm=norm, lam="scalar")
+    self.check(case)
+
+  @pytest.mark.slow
+  def test_float16(self):
+    case = self.case(2 * self.block + 5, dtype="float16", norm=True)
+    self.tolerance = self.lam_tolerance = {"float16": 1e-3}
+    self.check(case)
+
+
+@pytest.mark.gpu_only
+class TestDiffAttentionOfThePaper(TestDiffAttention):
+  head_dim, value_dim = 128, 256
+  remat = staticmethod(jax.checkpoint)
+
+
+@pytest.fixture
+def interpreter():
+  gpu_compile.require_interpreter()
+
+
+@pytest.mark.cpu_only
+def test_no_races(interpreter):
+  """Over more tiles than are in flight, in the kernels of two query heads to a key head."""
+  suite = TestDiffAttention()
+  case = suite.case(150, heads=2, kv_heads=1, packed=False)
+  with gpu_compile.race_detection():
+    suite.check(case)
+
+
+def test_tables_of_tiles_are_exact():
+  """A tile is visited if it holds a pair that is seen; unmasked, if it holds no other."""
+  rng = np.random.default_rng(0)
+  for _ in range(12):
+    length, kv_length = (int(x) for x in rng.integers(1, 40, 2))
+    block, tile = (int(x) for x in rng.integers(1, 12, 2))
+    causal = bool(rng.integers(2))
+    options = Options(
+      causal=causal,
+      window=int(rng.integers(1, 20)) if causal and rng.integers(2) else None,
+      q_offset=int(rng.integers(-5, 20)) if rng.integers(2) else None,
+    )
+    offsets = jnp.asarray(rng.integers(-3, 20, 2)) if options.q_offset is None else None
+    lengths = jnp.asarray(rng.integers(0, kv_length + 1, 2)) if rng.integers(2) else None
+    visibility = Visibility(q_offset=offsets, lengths=lengths)
+    if packed := bool(rng.integers(2)):
+      ids = [jnp.asarray(np.sort(rng.integers(0, 4, (2, n)))) for n in (length, kv_length)]
+      visibility = visibility._replace(segment_ids=ids[0], kv_segment_ids=ids[1])
+    seen = np.array(
+      jnp.broadcast_to(
+        reference.visible(options, visibility, length, kv_length), (2, length, kv_length)
+      )
+    )
+    sizes = (2, length, kv_length)
+    table = gpu_tiles.key_tiles(options, visibility, sizes, block, tile)
+    _check_table(np.asarray(table), seen, block, tile, packed, whole_tiles=True)
+    table = gpu_tiles.query_tiles(options, visibility, sizes, tile, block)
+    _check_table(np.asarray(table), seen.swapaxes(1, 2), tile, block, packed, whole_tiles=False)
+
+
+def _check_table(table, seen, block, tile, packed, *, whole_tiles):
+  _, rows, columns = seen.shape
+  count = -(-columns // tile)
+  for row, blocks in zip(seen, table, strict=True):
+    assert len(blocks) == -(-rows // block)
+    for i, (first, whole, whole_end, end) in enumerate(blocks):
+      assert 0 <= first <= whole <= whole_end <= end <= count
+      part = row[i * block : (i + 1) * block]
+      parts = [part[:, j * tile : (j + 1) * tile] for j in range(count)]
+      # Keys past the last must be masked; queries past the last weigh nothing.
+      keys_end = [(j + 1) * tile if whole_tiles else (i + 1) * block for j in range(count)]
+      fits = [x <= (columns if whole_tiles else rows) for x in keys_end]
+      for j, (pairs, fit) in enumerate(zip(parts, fits, strict=True)):
+        assert first <= j < end or not pairs.any()
+        if whole <= j < whole_end:
+          assert pairs.all() and fit
+        elif not packed:
+          assert not (pairs.all() and fit)
+      if end > first and not packed:
+        assert parts[first].any() and parts[end - 1].any()
+
+
+def program(head_dim, value_dim, *features):
+  """What `test_machine_code` compiles, in a process of its own: a training step's attention."""
+  head_dim, value_dim, batch, length, heads = int(head_dim), int(value_dim), 4, 4096, 16
+  kv_heads = 4 if "groups" in features else heads
+  of = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
+  maps = () if "shared" in features else (2,)
+  args = (
+    of(batch, length, heads, 2, head_dim),
+    of(batch, length, kv_heads, *maps, head_dim),
+    of(batch, length, kv_heads, value_dim),
+    of(heads, dtype=jnp.float32),
+    of(value_dim, dtype=jnp.float32),
+  )
+  ids, lengths = of(batch, length, dtype=jnp.int32), of(batch, dtype=jnp.int32)
+  options = Options(
+    scale=head_dim**-0.5,
+    window=1024 if "window" in features else None,
+    eps=1e-5 if "norm" in features else None,
+  )
+
+  def gradients(args, ids, lengths, d_out):
+    *args, gain = args
+    visibility = Visibility(
+      segment_ids=ids if "documents" in features else None,
+      kv_segment_ids=ids if "documents" in features else None,
+      lengths=lengths if "lengths" in features else None,
+    )
+    gain = gain if "norm" in features else None
+    out, vjp = jax.vjp(lambda *x: gpu.diff_attention(options, *x, gain, visibility), *args)
+    return out, vjp(d_out)
+
+  return gradients, (args, ids, lengths, of(batch, length, heads, value_dim))
+
+
+@pytest.mark.parametrize(
+  "head_dim,value_dim,features",
+  [
+    (64, 128, ()),
+    (128, 256, ()),
+    (128, 256, ("norm", "groups", "documents", "lengths", "window")),
+    (128, 128, ("shared", "groups", "window")),
+  ],
+)
+def test_machine_code(head_dim, value_dim, features):
+  """No register is spilled, no matrix product waits for one, and all fits an H100."""
+  reports = gpu_compile.compile_for_h100(
+    __file__, "program", str(head_dim), str(value_dim), *features
+  )
+  assert sorted(reports) == sorted(KERNELS)
+  for name, report in reports.items():
+    assert report.spilled_bytes == 0 and not report.serialized, (name, report)
+    assert report.smem_bytes <= mosaic_gpu.MAX_SMEM_BYTES, (name, report)
+    assert report.num_hgmma > 0, (name, report)
+
+
+@pytest.mark.parametrize(
+  "change,match",
+  [
+    (dict(dtype="float32"), "bfloat16 or float16"),
+    (dict(head_dim=96), "dim=96"),
+    (dict(value_dim=192), "value_dim=192"),
+    (dict(length=0), "No tile"),
+    (dict(options=(("scale", -1.0),)), "not positive"),
+  ],
+  ids=lambda x: x if isinstance(x, str) else "-".join(x),
+)
+def test_refuses(interpreter, change, match):
+  case = dataclasses.replace(Case(4, 64, 64, dtype="bfloat16"), **change)
+  options = Options(**dict(case.options))
+  with pytest.raises(NotImplementedError, match=match):
+    gpu.diff_attention(options, *case.args(), None, Visibility())
+
+
+def test_refuses_where_mosaic_gpu_cannot_serve(monkeypatch):
+  args = Case(4, 64, 64, dtype="bfloat16").args()
+  monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
+  with pytest.raises(NotImplementedError, match="jax 0.11"):
+    gpu.diff_attention(Options(), *args, None, Visibility())
+
+
+@pytest.mark.parametrize("fields", [dict(fwd_keys=96), dict(dq_stages=0)], ids=str)
+def test_tiles_that_are_none(fields):
+  with pytest.raises(ValueError, match=next(iter(fields))):
+    GpuBlocks(**fields)
