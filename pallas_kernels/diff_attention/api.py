@@ -8,15 +8,17 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from pallas_kernels.common import dispatch
-from pallas_kernels.diff_attention import reference, xla
+from pallas_kernels.diff_attention import gpu, reference, tpu, xla
 from pallas_kernels.diff_attention.reference import Options, Visibility
 
-Implementation = Literal["xla", "naive", "two_call", "four_call"]
+Implementation = Literal["xla", "pallas_tpu", "pallas_gpu", "naive", "two_call", "four_call"]
 
 # Called with Options, q, k, v, lam, gain and Visibility. One that cannot serve its arguments raises
 # NotImplementedError, with the reason.
 IMPLEMENTATIONS = {
   "xla": xla.blockwise,
+  "pallas_tpu": tpu.diff_attention,
+  "pallas_gpu": gpu.diff_attention,
   "naive": reference.naive,
   "two_call": reference.two_call,
   "four_call": reference.four_call,
@@ -28,7 +30,7 @@ DECODE_IMPLEMENTATIONS = {
   "naive": reference.decode_naive,
 }
 
-_DEFAULTS = {"cpu": ("xla",), "gpu": ("xla",), "tpu": ("xla",)}
+_DEFAULTS = {"cpu": ("xla",), "gpu": ("xla",), "tpu": ("pallas_tpu", "xla")}
 
 
 def diff_attention(

@@ -256,7 +256,7 @@ def result(
 
 
 def headwise_norm(
-  options: Options, out: Float[Array, "*shape V"], gain: Float[Array, "V"] | None
+  options: Options, out: Float[Array, "*shape V"], gain: Float[Array, "... V"] | None
 ) -> Float[Array, "*shape V"]:
   """Equation 3: each head by its own root mean square, in the dtype given."""
   if options.eps is None:
