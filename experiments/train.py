@@ -7,4 +7,4 @@ from latentlab import app
 from latentlab.train import loop
 
 if __name__ == "__main__":
-  app.run(loop.train)
+  app.run(loop.train, huge_pages=True)

@@ -161,3 +161,48 @@ def test_a_misspelt_field_in_a_config_file_is_an_error():
     c.train_step = 5
   c.model.positions = "xpos"  # The model's own check comes later, with its choices.
   c.evals.more = dict(type="perplexity", every_steps=1)
+
+
+_COUNT_FAULTS = """
+import resource
+import jax, jax.numpy as jnp
+
+step = jax.jit(lambda x, w: jnp.tanh(jnp.tanh(x @ w) @ w) @ w)
+x, w = jnp.ones((2**15, 512)), jnp.ones((512, 512))  # 64 MiB a temporary: 16,384 pages.
+for _ in range(3):
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+  step(x, w).block_until_ready()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+_HUGE_PAGES = app.huge_page_environment()
+_needs_huge_pages = pytest.mark.skipif(
+  not _HUGE_PAGES, reason="malloc cannot ask for huge pages here, or has been told to"
+)
+
+
+@_needs_huge_pages
+def test_huge_pages_save_page_faults():
+  def faults(environment):
+    command = [sys.executable, "-c", _COUNT_FAULTS]
+    done = subprocess.run(
+      command, capture_output=True, text=True, check=True, env=os.environ | environment
+    )
+    return int(done.stdout)
+
+  assert faults(_HUGE_PAGES) < faults({}) / 4
+
+
+@_needs_huge_pages
+def test_restarts_once_with_huge_pages(monkeypatch):
+  program = (
+    "import os, sys; from latentlab import app; app._run = lambda *_: print(os.getpid(), "
+    "os.environ['GLIBC_TUNABLES'], app._WORKDIR.value); print(os.getpid(), flush=True); "
+    "app.run(print, config_required=False, huge_pages=True)"
+  )
+  monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=8")
+  done = subprocess.run(
+    [sys.executable, "-c", program, "--workdir=a b"], capture_output=True, text=True, check=True
+  )
+  first, second, last = done.stdout.splitlines()
+  want = f"{first} glibc.malloc.arena_max=8:glibc.malloc.hugetlb=1 a b"
+  assert (second, last) == (first, want)

@@ -26,6 +26,7 @@ import numpy as np
 from absl import app, flags
 
 from experiments.benchmarks import specs
+from latentlab.app import huge_page_environment
 
 _MODELS = flags.DEFINE_list("models", list(specs.MODELS), "Models to time.")
 _SIZES = flags.DEFINE_list("sizes", ["3m", "10m"], f"Sizes to time, of {', '.join(specs.SIZES)}.")
@@ -423,7 +424,8 @@ def main(argv: Sequence[str]) -> None:
   for flag, known in ((_MODELS, specs.MODELS), (_SIZES, specs.SIZES)):
     if unknown := set(flag.value) - set(known):
       raise app.UsageError(f"--{flag.name}: unknown {sorted(unknown)}; choose among {list(known)}")
-  os.environ["JAX_PLATFORMS"] = "cpu"  # Which the workers inherit.
+  # Which the workers inherit: what `experiments.train` runs with, for the peers too.
+  os.environ.update({"JAX_PLATFORMS": "cpu"} | huge_page_environment())
   available = sorted(os.sched_getaffinity(0))
   cores = available[: _CORES.value]
   if _CORES.value and _CORES.value > len(available):
