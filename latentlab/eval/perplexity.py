@@ -86,7 +86,6 @@ class Evaluator:
       {"params": params},
       batch["inputs"],
       batch["targets"],
-      positions=batch["positions"],
       segment_ids=batch["segment_ids"],
       method="token_losses",
     )

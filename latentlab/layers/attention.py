@@ -8,7 +8,13 @@ from flax import linen as nn
 
 from latentlab import ops
 from latentlab.layers.cache import KVCache
-from latentlab.layers.common import Context, Shared, heads_projection, output_projection
+from latentlab.layers.common import (
+  Context,
+  Shared,
+  heads_projection,
+  mesh_spec,
+  output_projection,
+)
 from latentlab.layers.positions import PositionConfig
 from latentlab.typing import Array, DTypeLike, Float
 
@@ -87,11 +93,15 @@ class Attention(nn.Module):
     whole = ("act_batch", None, "act_kv_heads", None)
     k, v = nn.with_logical_constraint(k, whole), nn.with_logical_constraint(v, whole)
 
+    positions = context.positions
     if cache is None:
-      keys = dict(kv_positions=context.positions, kv_segment_ids=context.segment_ids)
+      # Distances are all that a mask asks for, unless it has blocks, which begin with the document.
+      blocks = c.mask.kind == "blockwise_causal" and context.segment_ids is not None
+      positions = None if context.in_place and not blocks else positions
+      keys = dict(kv_positions=positions, kv_segment_ids=context.segment_ids)
       keys["kv_valid"] = context.valid
     else:
-      cache = cache.append(k, v, context.positions, context.lengths)
+      cache = cache.append(k, v, positions, context.lengths)
       k, v = cache.k.astype(q.dtype), cache.v.astype(q.dtype)
       keys = dict(kv_positions=cache.positions, kv_valid=cache.valid)
     out = ops.attention(
@@ -99,11 +109,12 @@ class Attention(nn.Module):
       k,
       v,
       mask=c.mask,
-      positions=context.positions,
+      positions=positions,
       segment_ids=context.segment_ids,
       allowed=context.allowed,
       key_bias=context.key_bias,
       slopes=ops.alibi_slopes(c.num_heads) if c.positions.kind == "alibi" else None,
+      spec=mesh_spec("act_batch", "act_length", "act_heads", None),
       **keys,
     )
     if cache is not None:

@@ -40,21 +40,25 @@ class Context:
   """What a mixer must know of the tokens besides their hidden vectors.
 
   Attributes:
-    positions: Position of each token, for rotations and causal masks.
+    positions: Position of each token, for rotations and causal masks; of a row for all rows where
+      they are alike.
     segment_ids: Packed documents; `None` for one document a row.
     lengths: Valid tokens per row (right padding); `None` if all are.
     allowed: Which keys a query may see at all (a tree, say): those of this pass, or the slots of
       the cache where there is one.
     key_bias: Added to the scores of each key, of this pass or of the cache alike.
     layer: Index of the layer, for what depends on depth.
+    in_place: Whether positions ascend by one along each document of this pass, so that the places
+      of two of its tokens in the row are as far apart as their positions.
   """
 
-  positions: Int[Array, "B T"]
+  positions: Int[Array, "#B T"]
   segment_ids: Int[Array, "B T"] | None = None
   lengths: Int[Array, " B"] | None = None
   allowed: Bool[Array, "#B T S"] | None = None
   key_bias: Float[Array, "B S"] | None = None
   layer: Int[Array, ""] | int = 0
+  in_place: bool = struct.field(pytree_node=False, default=False)
 
   @property
   def valid(self) -> Bool[Array, "B T"] | None:

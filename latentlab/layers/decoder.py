@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from latentlab import ops
 from latentlab.layers import initializers
 from latentlab.layers.cache import Cache, DecoderCache
 from latentlab.layers.common import Context, Shared
@@ -223,6 +224,16 @@ class Pattern(nn.Module):
     return x, tuple(updated) if caches is not None else None
 
 
+def next_positions(
+  num_tokens: int, segment_ids: Int[Array, "B T"] | None = None, cache: DecoderCache | None = None
+) -> Int[Array, "#B T"]:
+  """Positions counted on from the cache, or from 0 in each document."""
+  if segment_ids is not None:
+    return ops.document_positions(segment_ids)
+  positions = jnp.arange(num_tokens, dtype=jnp.int32)[None]
+  return positions if cache is None else positions + cache.lengths[:, None]
+
+
 class Decoder(nn.Module):
   """The decoder.
 
@@ -236,7 +247,7 @@ class Decoder(nn.Module):
   def __call__(
     self,
     x: Float[Array, "B T D"],
-    positions: Int[Array, "B T"] | None = None,
+    positions: Int[Array, "#B T"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     cache: DecoderCache | None = None,
     *,
@@ -249,7 +260,8 @@ class Decoder(nn.Module):
 
     Args:
       x: Embeddings.
-      positions: Position of each token; counted on from the cache, or from 0, if `None`.
+      positions: Position of each token; `next_positions` if `None`, which is the faster: causal
+        masks then hide whole blocks, known before they are computed.
       segment_ids: Packed documents, for passes without a cache.
       cache: What was seen before; `None` outside of generation.
       lengths: Valid tokens of this pass per row (right padding); all if `None`.
@@ -266,12 +278,11 @@ class Decoder(nn.Module):
     c = self.config
     if cache is not None and segment_ids is not None:
       raise ValueError("packed documents and a cache do not mix: decode one document a row")
-    batch_size, num_tokens, _ = x.shape
-    if positions is None:
-      positions = jnp.broadcast_to(jnp.arange(num_tokens, dtype=jnp.int32), x.shape[:2])
-      if cache is not None:
-        positions = positions + cache.lengths[:, None]
-    context = Context(positions, segment_ids, lengths, allowed, key_bias)
+    num_tokens = x.shape[1]
+    in_place = positions is None
+    if in_place:
+      positions = next_positions(num_tokens, segment_ids, cache)
+    context = Context(positions, segment_ids, lengths, allowed, key_bias, in_place=in_place)
     shared = Shared(c.embed_dim, c.dtype, c.initializers, c.norm_eps, c.dropout_rate, deterministic)
     x = nn.Dropout(c.dropout_rate, deterministic=deterministic)(x)
 

@@ -42,7 +42,7 @@ class Embedder(nn.Module):
       )
 
   def __call__(
-    self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]
+    self, tokens: Int[Array, "B T"], positions: Int[Array, "#B T"]
   ) -> Float[Array, "B T D"]:
     # The width is gathered before the lookup, not the looked-up batch after it.
     table = nn.with_logical_constraint(self.embedding, ("vocab", None))

@@ -58,7 +58,7 @@ class PositionConfig:
       raise ValueError(f"{self.grid=} must be one of {GRIDS}, and {self.layout=} of {LAYOUTS}")
 
   def rotate(
-    self, q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], positions: Int[Array, "B T"]
+    self, q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], positions: Int[Array, "#B T"]
   ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"]]:
     """Queries and keys with their positions in them; unchanged by `none` and `alibi`."""
     if self.kind == "rope":

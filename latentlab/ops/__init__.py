@@ -1,11 +1,12 @@
 """Pure functions of arrays: no parameters, no Flax, no files."""
 
-from latentlab.ops.attention import Mask, attention, segment_bias, tree_mask
+from latentlab.ops.attention import Mask, attention, flash_attention, segment_bias, tree_mask
 from latentlab.ops.losses import cross_entropy
 from latentlab.ops.positions import (
   alibi_slopes,
   apply_rope,
   apply_xpos,
+  document_positions,
   rope_frequencies,
   sinusoidal,
 )
@@ -19,6 +20,8 @@ __all__ = [
   "attention",
   "cross_entropy",
   "decay_scale",
+  "document_positions",
+  "flash_attention",
   "log_decay_rates",
   "retention",
   "retention_decode",

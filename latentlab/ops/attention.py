@@ -6,12 +6,16 @@ is ALiBi's (https://arxiv.org/abs/2108.12409).
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+from latentlab.ops.mesh import axes_size, axes_to_map, check_sizes, map_parts
 from latentlab.typing import Array, Bool, Float, Int
+from pallas_kernels import flash_attention as kernel
 
 # Finite, since a row of -inf would turn to NaN, and its gradient with it. A hidden key lies so far
 # below the lowest score that a bias can make that it gets no weight beside any visible one.
@@ -70,17 +74,20 @@ def attention(
   key_bias: Float[Array, "#B S"] | None = None,
   slopes: Float[Array, "N"] | None = None,
   return_lse: bool = False,
+  spec: PartitionSpec | None = None,
 ) -> Float[Array, "B T N V"] | tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
   """Softmax attention, `softmax(q k^T + bias) v`, with float32 scores and statistics.
 
-  A key is seen if every condition given allows it. A query that sees none gets zeros.
+  A key is seen if every condition given allows it. A query that sees none gets zeros. Where
+  positions are places, and documents alone hide what the mask does not, this is `flash_attention`,
+  which computes the visible blocks; elsewhere all scores are held at once.
 
   Args:
     q: Queries. Nothing is scaled in here.
     k: Keys; `N` is a multiple of their `K` heads, which query heads share in consecutive groups.
     v: Values.
     mask: Structured mask over positions.
-    positions: Of the queries; `0 ... T - 1` if `None`.
+    positions: Of the queries; their places `0 ... T - 1` if `None`.
     kv_positions: Of the keys, whatever their place in a cache; `0 ... S - 1` if `None`.
     segment_ids: Documents of the queries, which see their own keys alone.
     kv_segment_ids: Documents of the keys; those of the queries if `None`.
@@ -89,6 +96,7 @@ def attention(
     key_bias: Added to the scores of a key, such as `segment_bias`; `-inf` hides it.
     slopes: ALiBi's, subtracting `slope * (query position - key position)`.
     return_lse: Also return the log-sum-exp of each row, float32 and `-inf` where no key is seen.
+    spec: Layout of a `B T N H` array over the ambient mesh, for `flash_attention` to follow.
   """
   (batch, length, heads, head_dim), (kv_length, kv_heads) = q.shape, k.shape[1:3]
   if heads % kv_heads or v.shape[:3] != k.shape[:3]:
@@ -99,6 +107,19 @@ def attention(
     if kv_length != length:
       raise ValueError(f"Give kv_segment_ids where {k.shape=} is not as long as {q.shape=}.")
     kv_segment_ids = segment_ids
+  elsewhere = (positions, kv_positions, kv_valid, allowed, key_bias, slopes)
+  if mask.kind != "blockwise_causal" and all(x is None for x in elsewhere):
+    documents = dict(segment_ids=segment_ids, kv_segment_ids=kv_segment_ids)
+    return flash_attention(
+      q,
+      k,
+      v,
+      causal=mask.kind != "full",
+      window=mask.size,
+      **documents,
+      return_lse=return_lse,
+      spec=spec,
+    )
   positions = jnp.arange(length)[None] if positions is None else positions
   kv_positions = jnp.arange(kv_length)[None] if kv_positions is None else kv_positions
   distance = positions[:, :, None] - kv_positions[:, None, :]
@@ -134,6 +155,70 @@ def attention(
     return out
   lse = jnp.where(seen[..., 0], jax.nn.logsumexp(scores, axis=-1), -jnp.inf)
   return out, lse.reshape(batch, heads, length).swapaxes(1, 2)
+
+
+def flash_attention(
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B S K H"],
+  v: Float[Array, "B S K V"],
+  *,
+  scale: float = 1.0,
+  causal: bool = True,
+  window: int | None = None,
+  segment_ids: Int[Array, "B T"] | None = None,
+  kv_segment_ids: Int[Array, "B S"] | None = None,
+  lengths: Int[Array, "B"] | None = None,
+  return_lse: bool = False,
+  implementation: kernel.Implementation | Sequence[kernel.Implementation] | None = None,
+  spec: PartitionSpec | None = None,
+) -> Float[Array, "B T N V"] | tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
+  """`pallas_kernels.flash_attention`, which see, run on each device's part of the arrays.
+
+  Where the length is sharded, queries stay where they are and every device gathers the keys.
+
+  Args:
+    q: See `pallas_kernels.flash_attention`.
+    k: See there.
+    v: See there.
+    scale: See there.
+    causal: See there.
+    window: See there.
+    segment_ids: See there.
+    kv_segment_ids: See there.
+    lengths: See there.
+    return_lse: See there.
+    implementation: See there.
+    spec: Layout of a `B T N H` array over the ambient mesh, as `ops.retention` has it; key heads
+      that its devices do not divide are repeated.
+
+  Raises:
+    ValueError: The spec shards `H`, or names axes that the mesh lacks or that do not divide.
+  """
+  options = dict(scale=scale, causal=causal, window=window, return_lse=return_lse)
+  options |= dict(implementation=implementation)
+  args = dict(q=q, k=k, v=v, lengths=lengths)
+  args |= dict(segment_ids=segment_ids, kv_segment_ids=kv_segment_ids)
+  args = {name: x for name, x in args.items() if x is not None}
+  axes = axes_to_map(spec)
+  if axes is None:
+    return kernel.flash_attention(**args, **options)
+  if "segment_ids" in args:
+    args.setdefault("kv_segment_ids", segment_ids)
+  if k.shape[2] % axes_size(axes[2]):
+    args |= {name: jnp.repeat(args[name], q.shape[2] // k.shape[2], axis=2) for name in ("k", "v")}
+  check_sizes(dict(B=q.shape[0], T=q.shape[1], N=q.shape[2], K=args["k"].shape[2]), axes)
+
+  b, t, n = (names or None for names in axes)
+  specs = dict.fromkeys(("k", "v"), PartitionSpec(b, None, n, None))
+  specs |= dict(q=PartitionSpec(b, t, n, None), lengths=PartitionSpec(b))
+  specs |= dict(segment_ids=PartitionSpec(b, t), kv_segment_ids=PartitionSpec(b, None))
+
+  def local(args):
+    offset = jax.lax.axis_index(axes[1]) * args["q"].shape[1] if axes[1] else 0
+    return kernel.flash_attention(**args, **options, q_offset=offset)
+
+  out = specs["q"]
+  return map_parts(local, args, specs, (out, PartitionSpec(b, t, n)) if return_lse else out)
 
 
 def tree_mask(parents: Int[Array, "B T"]) -> Bool[Array, "B T T"]:

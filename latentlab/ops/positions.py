@@ -6,6 +6,7 @@ https://arxiv.org/abs/2307.08621 section 2.1, is RoPE on the "linspace" grid of 
 
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -91,7 +92,15 @@ def apply_xpos(
   return _rotate(x, jnp.cos(angles) * scale, jnp.sin(angles) * scale, layout)
 
 
-def sinusoidal(positions: Int[Array, "B T"], dim: int) -> Float[Array, "B T {dim}"]:
+def document_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+  """Places within packed documents, counted from 0 where a row's segment id changes."""
+  places = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
+  opens = segment_ids[:, 1:] != segment_ids[:, :-1]
+  starts = jnp.where(jnp.pad(opens, ((0, 0), (1, 0))), places, 0)
+  return places - jax.lax.cummax(starts, axis=1)
+
+
+def sinusoidal(positions: Int[Array, "#B T"], dim: int) -> Float[Array, "#B T {dim}"]:
   """Absolute embeddings (xPos eq. 12): cosines at even features, sines at odd ones."""
   angles = _angles(positions, rope_frequencies(dim), jnp.float32)
   return jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=-1).reshape(*positions.shape, dim)

@@ -230,8 +230,8 @@ def log_decay_rates(
 
 
 def decay_scale(
-  positions: Int[Array, "B T"], log_decay: Float[Array, "N"]
-) -> Float[Array, "B T N"]:
+  positions: Int[Array, "#B T"], log_decay: Float[Array, "N"]
+) -> Float[Array, "#B T N"]:
   """`s_n = sqrt(sum_{m <= n} gamma^(n - m))`, the norm of a row of decays (section 2.2)."""
   count = (positions + 1)[..., None].astype(jnp.float32)
   decays = log_decay < 0

@@ -108,7 +108,6 @@ class LanguageModelTask:
       {"params": params},
       batch["inputs"],
       batch["targets"],
-      positions=batch["positions"],
       segment_ids=batch["segment_ids"],
       deterministic=False,
       rngs={"dropout": key},

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from latentlab import ops
 from latentlab.ops import Mask
@@ -271,3 +272,58 @@ def test_hidden_keys_get_nothing_however_low_the_visible_ones_are(bias):
   out, lse = ops.attention(q, k, v, key_bias=jnp.full((1, 3), bias), return_lse=True)
   np.testing.assert_allclose(out[0, 0], v[0, 0], rtol=1e-6)
   assert np.isfinite(lse).all()
+
+
+@pytest.fixture(scope="module")
+def mesh():
+  return jax.make_mesh(
+    (2, 2, 2), ("data", "tensor", "seq"), axis_types=(jax.sharding.AxisType.Auto,) * 3
+  )
+
+
+def _flash_and_grads(spec, **options):
+  def loss(*args):
+    out = ops.flash_attention(*args, spec=spec, **options)
+    return jnp.sum(out * jnp.cos(jnp.arange(out.size)).reshape(out.shape)), out
+
+  return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
+
+
+@pytest.mark.parametrize("kv_heads", [4, 1])  # Shared by fewer devices than there are.
+@pytest.mark.parametrize(
+  "spec", [P("data", None, "tensor"), P("data", "seq", "tensor"), P(None, ("data", "seq"))], ids=str
+)
+def test_sharded_equals_unsharded(mesh, spec, kv_heads):
+  args = [jnp.asarray(x, jnp.float32) for x in _inputs(2, 16, 16, 4, kv_heads)]
+  options = dict(segment_ids=jnp.arange(16)[None].repeat(2, 0) // 6, window=5)
+  want = _flash_and_grads(None, **options)(*args)
+  with jax.set_mesh(mesh):
+    got = _flash_and_grads(spec, **options)(*args)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_batch_and_heads_are_not_gathered(mesh):
+  args = [jnp.asarray(x, jnp.float32) for x in _inputs(2, 16, 16, 4, 4)]
+  spec = P("data", None, "tensor")
+  with jax.set_mesh(mesh):
+    args = [jax.device_put(x, jax.NamedSharding(mesh, spec)) for x in args]
+    compiled = _flash_and_grads(spec).lower(*args).compile()
+    (_, out), _ = compiled(*args)
+  assert out.sharding.spec == spec
+  assert "all-gather" not in compiled.as_text() and "all-to-all" not in compiled.as_text()
+  assert "all-reduce" in compiled.as_text()  # Of the loss: the text does name collectives.
+
+
+def test_attention_in_place_is_flash_attention():
+  """Positions that are places and positions that say so give the same, by two computations."""
+  args = [jnp.asarray(x, jnp.float32) for x in _inputs(2, 70, 70)]
+  ids = jnp.arange(70)[None].repeat(2, 0) // 30
+  for mask in (Mask("causal"), Mask("sliding_window", 9), Mask("full")):
+    op = functools.partial(ops.attention, mask=mask, segment_ids=ids, return_lse=True)
+    flash = op(*args)
+    written_out = op(*args, positions=jnp.arange(70)[None])
+    for a, b in zip(flash, written_out, strict=True):
+      np.testing.assert_allclose(a, b, atol=1e-5)
+    text = jax.jit(op).lower(*args).as_text()
+    assert "70x70xf32" not in text  # No square of scores.

@@ -183,3 +183,9 @@ def test_alibi_slopes():
 def test_rejects(call):  # Unwrapped, to get past the test suite's shape checks.
   with pytest.raises(ValueError, match="="):
     call(jnp.zeros((1, 6, 2, 8)), jnp.arange(6)[None])
+
+
+def test_document_positions_restart_with_the_segment_id():
+  ids = jnp.array([[1, 1, 1, 2, 2, 0], [3, 2, 2, 2, 2, 2]])
+  want = [[0, 1, 2, 0, 1, 0], [0, 0, 1, 2, 3, 4]]
+  np.testing.assert_array_equal(ops.document_positions(ids), want)
