@@ -8,6 +8,7 @@ one call, the median of many; inputs change from call to call, and all together 
 A peer that is not installed, or refuses a case, is listed with its reason. README.md has the rest.
 """
 
+import functools
 import importlib.metadata
 import itertools
 import json
@@ -88,19 +89,23 @@ def run_case(
     if too_large := _too_large(errors, str(op.dtype)):
       report["programs"][name] = dict(errors=errors, mismatch=too_large)
       continue
-    passes = {}
-    for which, function in program.passes.items():
-      thunks = [lambda x=x: function(x) for x in inputs]  # noqa: B023 (called before it changes)
-      times = TIMERS[timer](thunks, program.wait, calls)
-      passes[which] = dict(
-        ms=round(statistics.median(times), 4),
-        ms_best=round(min(times), 4),
-        ms_worst=round(max(times), 4),
-      )
-      if which in floors:
-        passes[which]["over_floor"] = round(passes[which]["ms"] / floors[which], 3)
+    try:
+      passes = {
+        which: _timed(TIMERS[timer], function, inputs, program.wait, calls, floors.get(which))
+        for which, function in program.passes.items()
+      }
+    except REFUSALS as e:  # Memory for several results, say.
+      report["programs"][name] = dict(errors=errors, refused=_reason(e))
+      continue
     report["programs"][name] = dict(errors=errors, **passes)
   return report
+
+
+def _timed(timer, function, inputs, wait, calls, floor) -> dict[str, float]:
+  times = timer([functools.partial(function, x) for x in inputs], wait, calls)
+  median = statistics.median(times)
+  report = dict(ms=round(median, 4), ms_best=round(min(times), 4), ms_worst=round(max(times), 4))
+  return report if floor is None else report | dict(over_floor=round(median / floor, 3))
 
 
 def _reason(e: BaseException) -> str:
@@ -194,7 +199,9 @@ def plot(result: dict[str, Any], path: pathlib.Path) -> None:
   """Bars of the programs' times over the floor, or of their times where it is not known."""
   import matplotlib.pyplot as plt
 
-  cases = {k: c for k, c in result["cases"].items() if any("forward" in p for p in _timed(c))}
+  cases = {
+    k: c for k, c in result["cases"].items() if any("forward" in p for p in c["programs"].values())
+  }
   if not cases:
     return
   figure, axes = plt.subplots(
@@ -214,10 +221,6 @@ def plot(result: dict[str, Any], path: pathlib.Path) -> None:
   figure.suptitle(f"{result['device']}, {result['dtype']}", fontsize=9)
   figure.savefig(path, dpi=130)
   plt.close(figure)
-
-
-def _timed(report):
-  return report["programs"].values()
 
 
 def _selected(names: Sequence[str], prefixes: Sequence[str] | None) -> list[str]:
