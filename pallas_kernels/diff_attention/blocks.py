@@ -36,8 +36,10 @@ class GpuBlocks:
   @classmethod
   def for_shapes(cls, head_dim: int, value_dim: int) -> "GpuBlocks":
     """For a head and value size; README.md has the registers and shared memory behind it."""
-    wide = head_dim + value_dim > 192
-    return cls(fwd_keys=64 if wide else 128, dq_stages=1 if wide else 2)
+    return cls(
+      fwd_keys=64 if head_dim + value_dim > 192 else 128,
+      dq_stages=1 if head_dim + value_dim > 256 else 2,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

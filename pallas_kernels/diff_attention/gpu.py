@@ -55,9 +55,9 @@ def _refuse_unless_served(options, q, k, v):
     raise NotImplementedError(
       f"The tensor cores multiply bfloat16 or float16, all of one: {q.dtype=} {k.dtype=} {v.dtype=}"
     )
-  if dim not in (64, 128) or value_dim % 64 or value_dim > 2 * dim:
+  if dim not in (64, 96, 128) or value_dim % 64 or value_dim > 2 * dim:
     raise NotImplementedError(
-      f"Tiles are made for heads of 64 or 128 and values of 64 to twice that, not {dim=} "
+      f"Tiles are made for heads of 64, 96 or 128 and values of 64 to twice that, not {dim=} "
       f"{value_dim=}."
     )
   if options.scale <= 0:

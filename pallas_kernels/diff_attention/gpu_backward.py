@@ -191,7 +191,7 @@ def backward_dq(
       plgpu.copy_smem_to_gmem(q_s.at[w, m], refs.d_q.at[row, at_rows, columns])
     plgpu.wait_smem_to_gmem(0)
 
-  smem, barrier = mosaic_gpu.tiled, plgpu.Barrier
+  smem, barrier = tiles.smem(dim), plgpu.Barrier
   pairs = length * kv_length // (2 if options.causal else 1)
   (d_q,) = mosaic_gpu.call(
     kernel,
@@ -401,7 +401,7 @@ def backward_dkv(
         plgpu.copy_smem_to_gmem(k_s.at[m], refs.d_k.at[row, at_keys, columns])
       plgpu.wait_smem_to_gmem(0)
 
-  smem, barrier = mosaic_gpu.tiled, plgpu.Barrier
+  smem, barrier = tiles.smem(dim), plgpu.Barrier
   pairs = length * kv_length // (2 if options.causal else 1)
   d_k, d_v = mosaic_gpu.call(
     kernel,

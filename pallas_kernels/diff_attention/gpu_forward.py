@@ -194,7 +194,7 @@ def forward(
 
     plgpu.wait_smem_to_gmem(0)
 
-  smem = mosaic_gpu.tiled
+  smem = tiles.smem(dim)
   loop = [
     smem((2, _ROWS, dim), dtype),
     smem((2, stages, tile, dim), dtype),

@@ -16,7 +16,7 @@ from jax import numpy as jnp
 from jaxtyping import Float, Int
 
 from pallas_kernels.diff_attention.reference import Options, Visibility
-from pallas_kernels.mosaic_gpu import WARPGROUP_ROWS, plgpu
+from pallas_kernels.mosaic_gpu import WARPGROUP_ROWS, plgpu, tiled
 
 LOG2E = float(np.log2(np.e))  # The chip has a power of two and no exponential.
 
@@ -34,6 +34,11 @@ def flat(x: Array) -> Array:
   """`B T ...` as `B T X`, which copies slice; tiles of 8 rows must not hang over the end."""
   x = x.reshape(*x.shape[:2], -1)
   return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0)))
+
+
+def smem(head_dim: int) -> Callable[..., Any]:
+  """Makes tiles in shared memory: operands of a product are laid out alike, rows of any width."""
+  return functools.partial(tiled, swizzle=64 if head_dim % 64 else 128)
 
 
 def per_token(x: Float[Array, "B T ..."]) -> Float[Array, "B ... padded"]:
