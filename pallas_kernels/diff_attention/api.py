@@ -8,7 +8,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from pallas_kernels.common import dispatch
-from pallas_kernels.diff_attention import gpu, reference, tpu, xla
+from pallas_kernels.diff_attention import gpu, reference, tpu, tpu_decode, xla
 from pallas_kernels.diff_attention.reference import Options, Visibility
 
 Implementation = Literal["xla", "pallas_tpu", "pallas_gpu", "naive", "two_call", "four_call"]
@@ -27,6 +27,7 @@ IMPLEMENTATIONS = {
 # Called with Options, q, k, v, lam, gain, lengths and num_splits.
 DECODE_IMPLEMENTATIONS = {
   "xla": xla.decode,
+  "pallas_tpu": tpu_decode.decode,
   "naive": reference.decode_naive,
 }
 

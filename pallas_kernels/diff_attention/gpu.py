@@ -35,7 +35,7 @@ def diff_attention(
     NotImplementedError: The kernels cannot serve these arguments, or this device.
   """
   mosaic_gpu.refuse_unless_supported()
-  _refuse_unless_served(options, q, k, v)
+  refuse_unless_served(options, q, k, v)
   blocks = blocks or GpuBlocks.for_shapes(q.shape[-1], v.shape[-1])
   k, v = reference.without_padding(k, v, visibility.lengths)
   if options.eps is not None:
@@ -49,7 +49,7 @@ def diff_attention(
   return (out, lse) if options.return_lse else out
 
 
-def _refuse_unless_served(options, q, k, v):
+def refuse_unless_served(options, q, k, v):
   dim, value_dim = q.shape[-1], v.shape[-1]
   if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.bfloat16, jnp.float16):
     raise NotImplementedError(

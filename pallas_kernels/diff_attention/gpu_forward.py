@@ -33,6 +33,8 @@ def forward(
   visibility: Visibility,
   *,
   save: bool,
+  name: str = "diff_attention_fwd",
+  clean: bool = False,
 ) -> dict[str, Array]:
   """Outputs `out`; to `save` also `lse`, `out2` of map 2, and `difference` before any norm.
 
@@ -44,11 +46,14 @@ def forward(
     blocks: Tile sizes.
     q: See `api.diff_attention`.
     k: See there.
-    v: See there; zero where padded.
+    v: See there; zero where padded, or else `clean`.
     lam: Per token.
     gain: Of the norm, `post_scale` included; given with `options.eps`.
     visibility: Of the call.
     save: What the backward needs.
+    name: Of the kernel.
+    clean: Put zeros over padded values in the tile that holds the first: a weight of zero does not
+      hide a NaN.
   """
   (batch, length, heads, _, dim), (kv_length, kv_heads, value_dim) = q.shape, v.shape[1:]
   shared_k, group, dtype = k.ndim == 4, heads // kv_heads, v.dtype
@@ -75,7 +80,7 @@ def forward(
   if save:
     out_shape |= dict.fromkeys(("out2", "difference"), jax.ShapeDtypeStruct(shape, jnp.float32))
 
-  def kernel(*refs, staged, lse_s, q_ready, k_ready, v_ready, v_free, finished, handed_over):
+  def kernel(*refs, staged, lse_s, q_ready, k_ready, v_ready, v_free, cleaned, finished, handed_over):
     refs = dict(zip((*given, *out_shape), refs, strict=True))
     refs = types.SimpleNamespace(**dict.fromkeys((*operands, "lse", "out2", "difference")) | refs)
     (q_s, k_s, v_s, weights_s, *ids_s), (out2_s, out_s, difference_s) = staged
@@ -100,6 +105,22 @@ def forward(
     def fetch_values(step):
       source = refs.v.at[row, pl.ds(step * tile, tile), pl.ds(kv_head * value_dim, value_dim)]
       plgpu.copy_gmem_to_smem(source, v_s.at[slot(step)], v_ready.at[slot(step)])
+
+    def clean_values(step):
+      shape = (tile, 64)
+      keys = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
+      for part in range(value_dim // 64):
+
+        @pl.when(m == part % 2)
+        def _(part=part):
+          values_s = v_s.at[slot(step), :, part * 64 : (part + 1) * 64]
+          values = plgpu.load(values_s, layout=plgpu.Layout.WGMMA)
+          valid = keys < refs.limits[row] - step * tile
+          values_s[...] = jnp.where(valid, values, jnp.zeros_like(values))
+          plgpu.commit_smem()
+
+      plgpu.barrier_arrive(cleaned)
+      plgpu.barrier_wait(cleaned)
 
     source = refs.q.at[row, pl.ds(query, _ROWS), pl.ds((2 * head + m) * dim, dim)]
     plgpu.copy_gmem_to_smem(source, q_s.at[m], q_ready.at[m])
@@ -132,6 +153,8 @@ def forward(
       weights_s[mine] = weights.astype(dtype)
       plgpu.commit_smem()
       plgpu.barrier_wait(v_ready.at[at])
+      if masked and clean:
+        pl.when((step + 1) * tile > refs.limits[row])(lambda: clean_values(step))
       acc = mosaic_gpu.mma(acc, weights_s.at[mine], v_s.at[at])
       # The second warpgroup trails the first, and refills what both have read.
       pl.when(m == 0)(lambda: plgpu.barrier_arrive(v_free.at[at]))
@@ -209,7 +232,7 @@ def forward(
   outs = mosaic_gpu.call(
     kernel,
     *given.values(),
-    name="diff_attention_fwd",
+    name=name,
     out_shape=list(out_shape.values()),
     grid=dict(row=batch, head=heads, block=queries),
     num_warpgroups=2,
@@ -220,6 +243,7 @@ def forward(
       k_ready=barrier(num_barriers=(2, stages), num_arrivals=2 if documents else 1),
       v_ready=barrier(num_barriers=stages),
       v_free=barrier(num_barriers=stages),
+      cleaned=barrier(num_arrivals=2),
       finished=barrier(),
       handed_over=barrier(),
     ),

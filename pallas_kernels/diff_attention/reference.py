@@ -222,6 +222,36 @@ def last_query(
   return options, Visibility(q_offset=lengths - 1, lengths=lengths)
 
 
+def merge(
+  options: Options,
+  sums: Float[Array, "P B K G 2 V"],
+  tops: Float[Array, "P B K G 2 1"],
+  totals: Float[Array, "P B K G 2 1"],
+  lam: Float[Array, ""] | Float[Array, "N"] | Float[Array, "B N"],
+  gain: Float[Array, "V"] | None,
+  v: Float[Array, "B S K V"],
+) -> Float[Array, "B N V"]:
+  """Decoding's output from what `P` parts of the keys made of both maps.
+
+  Each map is merged before the two are subtracted: their maxima differ.
+
+  Args:
+    options: Of the call.
+    sums: Of each part's values, weighed by the exponentials of the scores less their maximum.
+    tops: That maximum.
+    totals: Sums of the weights; zero where a part has no visible key.
+    lam: See `api.diff_attention_decode`.
+    gain: See there.
+    v: The values, whose dtype the output has.
+  """
+  weights = jnp.exp(tops - jnp.max(tops, axis=0))
+  total = jnp.sum(weights * totals, axis=0)
+  maps = jnp.sum(weights * sums, axis=0) / jnp.where(total > 0, total, 1)
+  maps = maps.reshape(v.shape[0], -1, 2, v.shape[-1])
+  out = maps[:, :, 0] - lam[..., None].astype(maps.dtype) * maps[:, :, 1]
+  return headwise_norm(options, out, gain).astype(v.dtype)
+
+
 def without_padding(
   k: Float[Array, "B S ..."], v: Float[Array, "B S ..."], lengths: Int[Array, "B"] | None
 ) -> tuple[Float[Array, "B S ..."], Float[Array, "B S ..."]]:

@@ -17,7 +17,7 @@ from pallas_kernels.diff_attention.blocks import TpuBlocks
 from pallas_kernels.diff_attention.reference import Options, Visibility
 from pallas_kernels.diff_attention.tpu_backward import backward
 from pallas_kernels.diff_attention.tpu_forward import forward
-from pallas_kernels.diff_attention.tpu_tiles import LN2, Call
+from pallas_kernels.diff_attention.tpu_tiles import LN2, Call, refuse_unless_served
 
 
 def diff_attention(
@@ -36,7 +36,7 @@ def diff_attention(
   Raises:
     NotImplementedError: The dtypes are not the matrix unit's.
   """
-  _refuse_unless_served(q, k, v)
+  refuse_unless_served(q, k, v)
   (batch, length, heads, _, head_dim), (_, kv_length, kv_heads, value_dim) = q.shape, v.shape
   blocks = blocks or TpuBlocks.for_sizes(length, kv_length, head_dim, value_dim)
   blocks.check(length, kv_length)
@@ -63,16 +63,6 @@ def diff_attention(
   leaves, tree = jax.tree.flatten((operands, bounds))
   out, lse = _attend(call, blocks, *jax.tree.unflatten(tree, vary_alike(*leaves)))
   return (out, lse) if options.return_lse else out
-
-
-def _refuse_unless_served(q, k, v):
-  if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
-    raise NotImplementedError(
-      f"The matrix unit multiplies bfloat16, or float32 in passes, all of one: {q.dtype=} "
-      f"{k.dtype=} {v.dtype=}."
-    )
-  if 0 in (*q.shape, *v.shape):
-    raise NotImplementedError(f"No tile to visit in {q.shape=} {v.shape=}.")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -101,9 +101,7 @@ def _kernel(
 
   @pl.when(step.first)
   def _():
-    top[...] = jnp.full(top.shape, _LOWEST, jnp.float32)
-    total[...] = jnp.zeros(total.shape, jnp.float32)
-    sums[...] = jnp.zeros(sums.shape, jnp.float32)
+    clear(top, total, sums)
 
   def visit(mask):
     q_maps = maps(q[...], call.head_dim)
@@ -116,14 +114,7 @@ def _kernel(
         scores = dot(q_maps[m], k_maps[m], (1, 1)) * (options.scale / LN2)
         if seen is not None:
           scores = jnp.where(seen, scores, HIDDEN)
-        old = top[m]
-        new = jnp.maximum(old, jnp.max(scores, axis=1, keepdims=True))
-        weights = jnp.exp2(scores - _across(new, tile.compute))
-        rescale = jnp.exp2(old - new)
-        top[m] = new
-        total[m] = rescale * total[m] + _fold(weights)
-        rescaled = _across(rescale, call.value_dim) * sums[m]
-        sums[m] = rescaled + dot(weights.astype(values.dtype), values)
+        absorb(m, scores, values, top, total, sums)
 
   step.run(visit, ids, kv_ids)
 
@@ -145,6 +136,34 @@ def _kernel(
       for m in range(2):
         logs = jnp.where(seen[m], (top[m] + jnp.log2(totals[m])) * LN2, -jnp.inf)
         lse[m : m + 1] = logs.T[:1]
+
+
+def clear(top: Any, total: Any, sums: Any) -> None:
+  """Begins the sums of both maps; see `absorb`."""
+  top[...] = jnp.full(top.shape, _LOWEST, jnp.float32)
+  total[...] = jnp.zeros(total.shape, jnp.float32)
+  sums[...] = jnp.zeros(sums.shape, jnp.float32)
+
+
+def absorb(m: int, scores: Array, values: Array, top: Any, total: Any, sums: Any) -> None:
+  """Takes more keys into map `m`'s sums.
+
+  Args:
+    m: The map.
+    scores: Rows of scores, in powers of two.
+    values: Values of the keys.
+    top: Reference to the rows' maxima, in all lanes.
+    total: Reference to the sums of the weights, to be summed over lanes.
+    sums: Reference to the weighed sums of the values.
+  """
+  old = top[m]
+  new = jnp.maximum(old, jnp.max(scores, axis=1, keepdims=True))
+  weights = jnp.exp2(scores - _across(new, scores.shape[1]))
+  rescale = jnp.exp2(old - new)
+  top[m] = new
+  total[m] = rescale * total[m] + _fold(weights)
+  rescaled = _across(rescale, values.shape[1]) * sums[m]
+  sums[m] = rescaled + dot(weights.astype(values.dtype), values)
 
 
 def _across(x, width):

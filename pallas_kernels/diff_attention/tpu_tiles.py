@@ -179,6 +179,17 @@ class Walk:
     return pl.BlockSpec(shape, lambda *_: (0,) * len(shape))
 
 
+def refuse_unless_served(q: Array, k: Array, v: Array) -> None:
+  """Raises `NotImplementedError` where the kernels have nothing to do, or nothing to do it with."""
+  if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
+    raise NotImplementedError(
+      f"The matrix unit multiplies bfloat16, or float32 in passes, all of one: {q.dtype=} "
+      f"{k.dtype=} {v.dtype=}."
+    )
+  if 0 in (*q.shape, *v.shape):
+    raise NotImplementedError(f"No tile to visit in {q.shape=} {v.shape=}.")
+
+
 def side_by_side(x: Array, multiple: int) -> Array:
   """`B T N D` as the kernels read it, in whole tiles.
 

@@ -87,14 +87,7 @@ def decode(
     total = jnp.sum(weights, axis=-1, keepdims=True)
     out = _contract("BKGMS,BSKV->BKGMV", weights.astype(v.dtype), v[:, start:stop])
     parts.append((out, top, total))
-  # Each map's parts are merged before the maps are subtracted: their maxima differ.
-  outs, tops, totals = (jnp.stack(x) for x in zip(*parts, strict=True))
-  weights = jnp.exp(tops - jnp.max(tops, axis=0))
-  total = jnp.sum(weights * totals, axis=0)
-  maps = jnp.sum(weights * outs, axis=0) / jnp.where(total > 0, total, 1)
-  maps = maps.reshape(batch, heads, 2, -1)
-  out = maps[:, :, 0] - lam[..., None].astype(maps.dtype) * maps[:, :, 1]
-  return reference.headwise_norm(options, out, gain).astype(v.dtype)
+  return reference.merge(options, *(jnp.stack(x) for x in zip(*parts, strict=True)), lam, gain, v)
 
 
 def _contract(letters, x, y):

@@ -145,7 +145,8 @@ def relative_error(got, want) -> float:
   np.testing.assert_array_equal(got == -np.inf, want == -np.inf)  # Of log-sum-exps.
   got, want = (np.where(x == -np.inf, 0, x) for x in (got, want))
   assert np.isfinite(want).all()
-  return np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30)
+  # What cancels to nothing, as the gradient of one key's score, is measured by what it is made of.
+  return np.linalg.norm(got - want) / max(np.linalg.norm(want), 0.1 * want.size**0.5)
 
 
 class DiffAttentionSuite:
@@ -160,8 +161,10 @@ class DiffAttentionSuite:
     value_dim: `V` of most cases.
     dtype: Of most cases.
     tolerance: Bounds of the relative error by dtype.
+    lam_tolerance: The same of lambda's gradient, a sum of differences over all tokens.
     lse_gradient: Whether the log-sum-exps' gradient is served.
     decodes: Whether it decodes.
+    remat: `jax.checkpoint`, or the identity where it can't be had.
   """
 
   implementation: str
@@ -171,8 +174,10 @@ class DiffAttentionSuite:
   head_dim, value_dim = 5, 6
   dtype = "float32"
   tolerance = {"float32": 1e-5, "bfloat16": 5e-3}
+  lam_tolerance = {"float32": 1e-4, "bfloat16": 5e-3}
   lse_gradient = True
   decodes = True
+  remat = staticmethod(jax.checkpoint)
 
   def case(self, length: int, **fields: Any) -> Case:
     fields = dict(head_dim=self.head_dim, value_dim=self.value_dim, dtype=self.dtype) | fields
@@ -186,14 +191,10 @@ class DiffAttentionSuite:
     outs, grads = outputs_and_gradients(self.op(case, **options), case.args())
     want_outs, want_grads = reference(case, self.block)
     assert outs[0].dtype == case.dtype and len(outs) == 1 + case.lse
-    for name, a, b in zip(
-      ("out", "lse", *NAMES),
-      (*outs, *(() if case.lse else [None]), *grads),
-      (*want_outs, *(() if case.lse else [None]), *want_grads),
-      strict=False,
-    ):
-      if a is not None:
-        assert relative_error(a, b) <= self.tolerance[case.dtype], name
+    names = ("out", "lse")[: len(outs)] + NAMES[: len(grads)]
+    for name, a, b in zip(names, (*outs, *grads), (*want_outs, *want_grads), strict=True):
+      bound = (self.lam_tolerance if name == "dlam" else self.tolerance)[case.dtype]
+      assert relative_error(a, b) <= bound, name
 
   @pytest.mark.parametrize("blocks,more", [(0, 1), (0, 7), (1, 0), (1, 1), (3, 5)])
   def test_any_length(self, blocks, more):
@@ -278,7 +279,9 @@ class DiffAttentionSuite:
     (out,), (dq, dk, *_) = outputs_and_gradients(self.op(case), (q, k, v, 0 * lam))
     scores = jnp.einsum("BTNH,BSNH->BNTS", q[:, :, :, 0], k[:, :, :, 0]) * case.head_dim**-0.5
     weights = jax.nn.softmax(jnp.where(jnp.tri(case.length, dtype=bool), scores, -jnp.inf))
-    assert relative_error(out, jnp.einsum("BNTS,BSNV->BTNV", weights, v)) <= 1e-5
+    assert (
+      relative_error(out, jnp.einsum("BNTS,BSNV->BTNV", weights, v)) <= self.tolerance[case.dtype]
+    )
     assert not dq[:, :, :, 1].any() and not dk[:, :, :, 1].any()
     assert dq[:, 1:, :, 0].any() and dk[:, :, :, 0].any()
 
@@ -288,7 +291,8 @@ class DiffAttentionSuite:
     q, k = (jnp.stack([x[:, :, :, 0]] * 2, axis=3) for x in (q, k))
     run = jax.jit(self.op(case))
     plain = run(q, k, v, 0 * lam)
-    assert relative_error(run(q, k, v, lam), (1 - lam)[:, None] * plain) <= 1e-5
+    error = relative_error(run(q, k, v, lam), (1 - lam)[:, None] * plain)
+    assert error <= self.tolerance[case.dtype]
     keywords = dict(eps=1e-5)
     (out,), grads = outputs_and_gradients(self.op(case, **keywords), (q, k, v, 0 * lam + 1))
     np.testing.assert_allclose(out, 0, atol=1e-3)  # Nothing, times the norm's 1 / sqrt(eps).
@@ -298,9 +302,10 @@ class DiffAttentionSuite:
     case = self.case(self.block + 3)
     q, k, v, lam = case.args()
     out = jax.jit(self.op(case))(q, k, jnp.ones_like(v), lam)
-    np.testing.assert_allclose(out, jnp.broadcast_to((1 - lam)[:, None], out.shape), atol=1e-5)
+    tolerance = self.tolerance[case.dtype]
+    assert relative_error(out, jnp.broadcast_to((1 - lam)[:, None], out.shape)) <= tolerance
     out = jax.jit(self.op(case))(q, k, v, lam)
-    np.testing.assert_allclose(out[:, 0], (1 - lam)[:, None] * v[:, 0], atol=1e-5)
+    assert relative_error(out[:, 0], (1 - lam)[:, None] * v[:, 0]) <= tolerance
 
   def test_gradient_of_lambda_is_the_second_maps_row_terms(self):
     """`dlam = -sum(dO O2)`, where `O2` is the difference of two runs."""
@@ -310,7 +315,8 @@ class DiffAttentionSuite:
     second = op(q, k, v, 0 * lam) - op(q, k, v, 0 * lam + 1)
     weights = jnp.asarray(np.random.default_rng(0).normal(size=second.shape), jnp.float32)
     got = jax.jit(jax.grad(lambda lam: jnp.sum(op(q, k, v, lam) * weights)))(lam)
-    assert relative_error(got, -jnp.sum(second * weights, -1)) <= 1e-4
+    error = relative_error(got, -jnp.sum(second * weights, -1))
+    assert error <= self.lam_tolerance[case.dtype]
 
   def test_padding_is_as_if_absent(self):
     """Even where it holds NaN; and a row without keys is zero, with finite gradients."""
@@ -362,7 +368,7 @@ class DiffAttentionSuite:
     loss = lambda op: lambda *args: jnp.sum(jnp.sin(op(*args).astype(jnp.float32)))
     grads = lambda op: jax.value_and_grad(loss(op), range(len(args)))
     plain = jax.jit(grads(self.op(case)))(*args)
-    mapped = jax.jit(jax.vmap(grads(jax.checkpoint(self.op(case)))))(*stacked)
+    mapped = jax.jit(jax.vmap(grads(self.remat(self.op(case)))))(*stacked)
     jax.tree.map(
       lambda a, b: self._assert_close(a[0], b, 2 * self.tolerance[case.dtype]), mapped, plain
     )
@@ -375,7 +381,7 @@ class DiffAttentionSuite:
     case = self.case(self.block + 3)
     trace = jax.make_jaxpr(functools.partial(outputs_and_gradients, self.op(case)))
     program = str(trace(case.args()))
-    assert ("pallas_call" in program) == bool(self.kernels)
+    assert any(x in program for x in ("pallas_call", "mpmd_map")) == bool(self.kernels)
     for name in self.kernels:
       assert name in program
 
@@ -422,7 +428,7 @@ class DiffAttentionSuite:
     self._skip_unless_it_decodes()
     q, k, v, lam = self.case(self.block).args()
     program = str(jax.make_jaxpr(self.decode())(q[:, 0], k, v, lam))
-    assert ("pallas_call" in program) == bool(self.decode_kernels)
+    assert any(x in program for x in ("pallas_call", "mpmd_map")) == bool(self.decode_kernels)
     for name in self.decode_kernels:
       assert name in program
 
