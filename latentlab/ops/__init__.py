@@ -1,6 +1,7 @@
 """Pure functions of arrays: no parameters, no Flax, no files."""
 
 from latentlab.ops.attention import Mask, attention, flash_attention, segment_bias, tree_mask
+from latentlab.ops.diff_attention import diff_attention, diff_attention_decode
 from latentlab.ops.losses import cross_entropy
 from latentlab.ops.positions import (
   alibi_slopes,
@@ -20,6 +21,8 @@ __all__ = [
   "attention",
   "cross_entropy",
   "decay_scale",
+  "diff_attention",
+  "diff_attention_decode",
   "document_positions",
   "flash_attention",
   "log_decay_rates",
