@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec
 
 from latentlab.ops.mesh import axes_size, axes_to_map, check_sizes, map_parts
 from latentlab.typing import Array, Bool, Float, Int
-from pallas_kernels import flash_attention as kernel
+from pallas_kernels.flash_attention import Implementation
+from pallas_kernels.flash_attention import flash_attention as kernel
 
 # Finite, since a row of -inf would turn to NaN, and its gradient with it. A hidden key lies so far
 # below the lowest score that a bias can make that it gets no weight beside any visible one.
@@ -169,7 +170,7 @@ def flash_attention(
   kv_segment_ids: Int[Array, "B S"] | None = None,
   lengths: Int[Array, "B"] | None = None,
   return_lse: bool = False,
-  implementation: kernel.Implementation | Sequence[kernel.Implementation] | None = None,
+  implementation: Implementation | Sequence[Implementation] | None = None,
   spec: PartitionSpec | None = None,
 ) -> Float[Array, "B T N V"] | tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
   """`pallas_kernels.flash_attention`, which see, run on each device's part of the arrays.
@@ -201,7 +202,7 @@ def flash_attention(
   args = {name: x for name, x in args.items() if x is not None}
   axes = axes_to_map(spec)
   if axes is None:
-    return kernel.flash_attention(**args, **options)
+    return kernel(**args, **options)
   if "segment_ids" in args:
     args.setdefault("kv_segment_ids", segment_ids)
   if k.shape[2] % axes_size(axes[2]):
@@ -215,7 +216,7 @@ def flash_attention(
 
   def local(args):
     offset = jax.lax.axis_index(axes[1]) * args["q"].shape[1] if axes[1] else 0
-    return kernel.flash_attention(**args, **options, q_offset=offset)
+    return kernel(**args, **options, q_offset=offset)
 
   out = specs["q"]
   return map_parts(local, args, specs, (out, PartitionSpec(b, t, n)) if return_lse else out)

@@ -16,8 +16,9 @@ from jax.sharding import PartitionSpec
 
 from latentlab.ops.mesh import axes_size, axes_to_map, check_sizes, map_parts
 from latentlab.typing import Array, Float, Int
-from pallas_kernels import retention as kernel
 from pallas_kernels.retention import DecodeImplementation, Implementation
+from pallas_kernels.retention import retention as kernel
+from pallas_kernels.retention import retention_decode as decode_kernel
 
 __all__ = ["decay_scale", "log_decay_rates", "retention", "retention_decode"]
 
@@ -35,10 +36,10 @@ def retention(
   implementation: Implementation | Sequence[Implementation] | None = None,
   spec: PartitionSpec | None = None,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B N H V"]]:
-  """`pallas_kernels.retention.retention`, which see, run on each device's part of the arrays.
+  """`pallas_kernels.retention`, which see, run on each device's part of the arrays.
 
   Args:
-    q: See `pallas_kernels.retention.retention`.
+    q: See `pallas_kernels.retention`.
     k: See there.
     v: See there.
     log_decay: See there.
@@ -71,7 +72,7 @@ def retention(
   args = {name: x for name, x in args.items() if x is not None}
   axes = axes_to_map(spec)
   if axes is None:
-    return kernel.retention(**args, **options)
+    return kernel(**args, **options)
   check_sizes(dict(B=q.shape[0], T=q.shape[1], N=q.shape[2], K=k.shape[2]), axes)
 
   b, t, n = (names or None for names in axes)
@@ -89,7 +90,7 @@ def retention(
   def local(args):
     if axes[1]:
       return _sequence_sharded(args, axes[1], options)
-    return kernel.retention(**args, **options)
+    return kernel(**args, **options)
 
   return map_parts(local, args, specs, (tokens, state))
 
@@ -106,10 +107,10 @@ def retention_decode(
   implementation: DecodeImplementation | Sequence[DecodeImplementation] | None = None,
   spec: PartitionSpec | None = None,
 ) -> tuple[Float[Array, "B N V"], Float[Array, "B N H V"]]:
-  """`pallas_kernels.retention.retention_decode`, which see, run on each device's part.
+  """`pallas_kernels.retention_decode`, which see, run on each device's part.
 
   Args:
-    q: See `pallas_kernels.retention.retention_decode`.
+    q: See `pallas_kernels.retention_decode`.
     k: See there.
     v: See there.
     log_decay: See there.
@@ -132,14 +133,14 @@ def retention_decode(
     args["gate"] = gate
   axes = axes_to_map(spec)
   if axes is None:
-    return kernel.retention_decode(**args, **options)
+    return decode_kernel(**args, **options)
   check_sizes(dict(B=q.shape[0], N=q.shape[1], K=k.shape[1]), axes)
 
   b, _, n = (names or None for names in axes)
   token, whole = PartitionSpec(b, n, None), PartitionSpec(b, n, None, None)
   specs = dict.fromkeys(args, token) | dict(state=whole)
   specs["log_decay"] = PartitionSpec(n) if log_decay.ndim == 1 else PartitionSpec(b, n)
-  local = lambda args: kernel.retention_decode(**args, **options)
+  local = lambda args: decode_kernel(**args, **options)
   return map_parts(local, args, specs, (token, whole))
 
 
@@ -195,7 +196,7 @@ def _sequence_sharded(args, axes, options):
   entering = jnp.where(index == 0, initial, entering)
   if "segment_ids" in args:
     entering = jnp.where(starts[:, 0, None, None, None], 0, entering)
-  out, state = kernel.retention(**args | {"initial_state": entering}, **options)
+  out, state = kernel(**args | {"initial_state": entering}, **options)
   return out, jax.lax.psum(jnp.where(index == count - 1, state, 0), axes)
 
 
