@@ -23,6 +23,8 @@ _EXTRAS["test"] = [
   "beartype>=0.20,<1",
   "hypothesis>=6.100,<7",
   "ipykernel>=6.29,<8",
+  # Compiles kernels for a TPU that is not there.
+  "libtpu>=0.0.42,<0.1; sys_platform == 'linux' and platform_machine == 'x86_64'",
   "nbclient>=0.10,<1",
   "nbformat>=5.10,<6",
   "pytest>=8.3,<10",
@@ -41,7 +43,7 @@ setuptools.setup(
   author="The latentlab authors",
   license="Apache-2.0",
   packages=setuptools.find_packages(include=["latentlab*", "pallas_kernels*"]),
-  package_data={"pallas_kernels": ["*/README.md"]},
+  package_data={"pallas_kernels": ["README.md", "*/README.md"]},
   python_requires=">=3.11",
   install_requires=[
     f"jax{_JAX}",
