@@ -8,7 +8,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from pallas_kernels.common import dispatch
-from pallas_kernels.diff_attention import gpu, reference, tpu, tpu_decode, xla
+from pallas_kernels.diff_attention import gpu, gpu_decode, reference, tpu, tpu_decode, xla
 from pallas_kernels.diff_attention.reference import Options, Visibility
 
 Implementation = Literal["xla", "pallas_tpu", "pallas_gpu", "naive", "two_call", "four_call"]
@@ -28,6 +28,7 @@ IMPLEMENTATIONS = {
 DECODE_IMPLEMENTATIONS = {
   "xla": xla.decode,
   "pallas_tpu": tpu_decode.decode,
+  "pallas_gpu": gpu_decode.decode,
   "naive": reference.decode_naive,
 }
 

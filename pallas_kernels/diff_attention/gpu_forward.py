@@ -80,7 +80,9 @@ def forward(
   if save:
     out_shape |= dict.fromkeys(("out2", "difference"), jax.ShapeDtypeStruct(shape, jnp.float32))
 
-  def kernel(*refs, staged, lse_s, q_ready, k_ready, v_ready, v_free, cleaned, finished, handed_over):
+  def kernel(
+    *refs, staged, lse_s, q_ready, k_ready, v_ready, v_free, cleaned, finished, handed_over
+  ):
     refs = dict(zip((*given, *out_shape), refs, strict=True))
     refs = types.SimpleNamespace(**dict.fromkeys((*operands, "lse", "out2", "difference")) | refs)
     (q_s, k_s, v_s, weights_s, *ids_s), (out2_s, out_s, difference_s) = staged

@@ -5,16 +5,17 @@ them in earnest.
 """
 
 import dataclasses
+import functools
 
 import gpu_compile
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from diff_attention_suite import Case, DiffAttentionSuite
+from diff_attention_suite import Case, DiffAttentionSuite, relative_error
 
 from pallas_kernels import mosaic_gpu
-from pallas_kernels.diff_attention import gpu, gpu_tiles, reference
+from pallas_kernels.diff_attention import gpu, gpu_decode, gpu_tiles, reference
 from pallas_kernels.diff_attention.blocks import GpuBlocks
 from pallas_kernels.diff_attention.reference import Options, Visibility
 
@@ -28,12 +29,12 @@ def _slow(*values):
 class TestDiffAttention(DiffAttentionSuite):
   implementation = "pallas_gpu"
   kernels = KERNELS
+  decode_kernels = ("diff_attention_decode",)
   block = 64
   head_dim = value_dim = 64
   dtype = "bfloat16"
   tolerance = {"bfloat16": 5e-3}
   lam_tolerance = {"bfloat16": 1e-2}  # Of rounded gradients of outputs, a few tokens' worth.
-  decodes = False
   remat = staticmethod(lambda op: op)  # Which jax refuses for interpreted kernels.
 
   @pytest.fixture(autouse=True)
@@ -76,6 +77,36 @@ class TestDiffAttention(DiffAttentionSuite):
     """The paper's sizes."""
     sizes = dict(head_dim=head_dim, value_dim=2 * head_dim)
     self.check(self.case(self.block + 12, norm=True, lam="scalar", **sizes))
+
+  @pytest.mark.parametrize(
+    "heads,kv_heads,shared,lam",
+    [
+      _slow(2, 2, False, "scalar"),
+      _slow(4, 2, False, "head"),
+      _slow(4, 2, True, "token"),
+      _slow(3, 1, False, "head"),
+    ],
+  )
+  def test_decoding_equals_the_rows_of_a_prefill(self, heads, kv_heads, shared, lam):
+    super().test_decoding_equals_the_rows_of_a_prefill(heads, kv_heads, shared, lam)
+
+  @pytest.mark.slow
+  def test_split_keys_change_nothing(self):
+    super().test_split_keys_change_nothing()
+
+  @pytest.mark.parametrize("window,num_splits,shared", [(None, 2, False), (100, 5, True)])
+  def test_decoding_by_parts_of_a_padded_cache(self, window, num_splits, shared):
+    """Lengths within the first part, within the last, and none; what lies behind them is NaN."""
+    case = Case(320, 64, 128, heads=4, kv_heads=2, shared_keys=shared, dtype=self.dtype)
+    q, k, v, lam = (jnp.concatenate([x] * 3) if x.ndim > 2 else x for x in case.args())
+    lengths = jnp.array([313, 50, 0])
+    padded = jnp.arange(320) >= lengths[:, None]
+    hide = lambda x: jnp.where(padded.reshape(3, 320, *[1] * (x.ndim - 2)), jnp.nan, x)
+    keywords = dict(lengths=lengths, window=window, scale=0.1)
+    got = self.decode(num_splits=num_splits, **keywords)(q[:, -1], hide(k), hide(v), lam)
+    q, k, v = (x.astype(jnp.float32) for x in (q[:, -1], k, v))
+    want = self.decode(implementation="naive", **keywords)(q, k, v, lam)
+    assert relative_error(got, want) <= self.tolerance[case.dtype] and not got[2].any()
 
   @pytest.mark.slow
   def test_float16(self):
@@ -210,6 +241,23 @@ def test_machine_code(head_dim, value_dim, features):
     assert report.spilled_bytes == 0 and not report.serialized, (name, report)
     assert report.smem_bytes <= mosaic_gpu.MAX_SMEM_BYTES, (name, report)
     assert report.num_hgmma > 0, (name, report)
+
+
+def decode_program():
+  """What `test_machine_code_of_decoding` compiles: two rows of a long cache, in parts."""
+  of = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
+  options = Options(scale=0.1, window=2048, q_offset=None, eps=1e-5)
+  args = of(2, 16, 2, 128), of(2, 8192, 4, 2, 128), of(2, 8192, 4, 256)
+  args += of(16, dtype=jnp.float32), of(256, dtype=jnp.float32), of(2, dtype=jnp.int32)
+  return functools.partial(gpu_decode.decode, options), args
+
+
+def test_machine_code_of_decoding():
+  reports = gpu_compile.compile_for_h100(__file__, "decode_program")
+  (report,) = reports.values()
+  assert list(reports) == ["diff_attention_decode"] and report.num_hgmma > 0
+  assert report.spilled_bytes == 0 and not report.serialized, report
+  assert report.smem_bytes <= mosaic_gpu.MAX_SMEM_BYTES, report
 
 
 @pytest.mark.parametrize(
