@@ -36,8 +36,8 @@ def forward(
     save: Whether the backward follows.
 
   Returns:
-    `out`; the log-sum-exps `lse`, `B T N 2`, if saved or asked for; if saved, `out2` of the second
-    map, and with a norm the `difference` before it.
+    `out`; the log-sum-exps `lse`, `B T N 2`, if saved or asked for; if saved, in float32, `out2` of
+    the second map, and the `difference` before the norm where that is not `out`.
   """
   walk = Walk(call, tile)
   q, k, v = (operands[x] for x in ("q", "k", "v"))
@@ -54,9 +54,15 @@ def forward(
   norm = call.options.eps is not None
   if norm:
     inputs["gain"] = operands["gain"][None], walk.whole(1, value_dim)
-  tokens = tpu_tiles.tokens_struct(call.batch, padded, heads, value_dim, dtype)
-  wanted = ["out", *(["out2"] if save else []), *(["difference"] if save and norm else [])]
-  outputs = {name: (tokens, walk.queries(value_dim)) for name in wanted}
+  saved = []
+  if save:
+    # In float32: row terms of a query that sees few keys nearly cancel what they are taken from.
+    saved = ["out2", *(["difference"] if norm or dtype != jnp.float32 else [])]
+  outputs = {}
+  for name in ("out", *saved):
+    wide = dtype if name == "out" else jnp.float32
+    tokens = tpu_tiles.tokens_struct(call.batch, padded, heads, value_dim, wide)
+    outputs[name] = tokens, walk.queries(value_dim)
   if save or call.options.return_lse:
     struct = jax.ShapeDtypeStruct((call.batch, heads, 2, padded), jnp.float32)
     outputs["lse"] = struct, walk.rows(2)
