@@ -1,9 +1,14 @@
 """The kernel benchmark's binary, on shapes of tests: what it checks, refuses and writes."""
 
+import dataclasses
 import json
 import pathlib
 import subprocess
 import sys
+
+import pytest
+
+from experiments.benchmarks import kernel_programs, specs, tune
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _RUN = """
@@ -65,3 +70,28 @@ def test_floors_of_retnets_shape():
   op = kernel_programs.Retention(specs.RETENTION["retnet_4k"], "bfloat16")
   forward, both = (max(f / 798e12, b / 3.0e12) * 1e3 for f, b in op.work().values())
   assert round(forward, 3) == 0.268 and round(both, 2) == 0.94
+
+
+def test_tune_searches_every_field(tmp_path):
+  output = tmp_path / "tune"
+  options = ["--ops=retention", "--cases=tiny", "--dtype=float32", f"--tune_output={output}"]
+  done = _run("-m", "experiments.benchmarks.tune", *options)
+  assert done.returncode == 0, done.stderr
+  result = json.loads(output.with_suffix(".json").read_text())
+  for name in ("retention/tiny", "retention/tiny_gated"):
+    first, *others = result["cases"][name]
+    assert first["ms"] > 0 and first["forward_ms"] > 0
+    for field in ("fwd", "bwd_dq", "bwd_dkv"):
+      assert any(other["blocks"][field] != first["blocks"][field] for other in others)
+    # Two heads are no multiple of four.
+    assert any("heads" in other.get("refused", "") for other in others)
+  markdown = output.with_suffix(".md").read_text()
+  assert markdown in done.stdout + "\n" and markdown.count("heuristic") == 2
+
+
+def test_tune_refuses_sizes_that_change_results():
+  op = kernel_programs.Retention(specs.RETENTION["tiny"], "float32")
+  search = tune.searches(op, "cpu")
+  wrong = lambda sizes: lambda **inputs: 1.1 * search.function(sizes)(**inputs)
+  with pytest.raises(tune.MismatchError, match="out"):
+    tune.tune(op, dataclasses.replace(search, function=wrong), 1, "clock")

@@ -20,13 +20,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from absl import app, flags, logging
 
-_PLATFORM = flags.DEFINE_enum("platform", "gpu", ["gpu", "cpu"], "Where programs run.")
+_PLATFORM = flags.DEFINE_enum("platform", "gpu", ["gpu", "tpu", "cpu"], "Where programs run.")
 _SMOKE = flags.DEFINE_bool("smoke", False, "Only the shapes of tests, whose times tell nothing.")
 _OPS = flags.DEFINE_list("ops", None, "Ops to time; all by default.")
 _CASES = flags.DEFINE_list("cases", None, "Cases to time, by prefix; all by default.")
@@ -83,46 +83,57 @@ def run_case(
       results = program.passes["forward_backward"](inputs[0])
       results = {k: program.fetch(x) for k, x in results.items()}
     except REFUSALS as e:
-      report["programs"][name] = dict(refused=_reason(e))
+      report["programs"][name] = dict(refused=reason(e))
       continue
-    errors = _errors(results, want)
-    if too_large := _too_large(errors, str(op.dtype)):
-      report["programs"][name] = dict(errors=errors, mismatch=too_large)
+    found = errors(results, want)
+    if wrong := too_large(found, str(op.dtype)):
+      report["programs"][name] = dict(errors=found, mismatch=wrong)
       continue
     try:
       passes = {
-        which: _timed(TIMERS[timer], function, inputs, program.wait, calls, floors.get(which))
+        which: timed(TIMERS[timer], function, inputs, program.wait, calls, floors.get(which))
         for which, function in program.passes.items()
       }
     except REFUSALS as e:  # Memory for several results, say.
-      report["programs"][name] = dict(errors=errors, refused=_reason(e))
+      report["programs"][name] = dict(errors=found, refused=reason(e))
       continue
-    report["programs"][name] = dict(errors=errors, **passes)
+    report["programs"][name] = dict(errors=found, **passes)
   return report
 
 
-def _timed(timer, function, inputs, wait, calls, floor) -> dict[str, float]:
+def timed(
+  timer: Callable[..., list[float]],
+  function: Callable[[Any], Any],
+  inputs: Sequence[Any],
+  wait: Callable[[Any], Any],
+  calls: int,
+  floor: float | None,
+) -> dict[str, float]:
+  """Milliseconds of a call, in the middle and at both ends, and over the floor if it is known."""
   times = timer([functools.partial(function, x) for x in inputs], wait, calls)
   median = statistics.median(times)
   report = dict(ms=round(median, 4), ms_best=round(min(times), 4), ms_worst=round(max(times), 4))
   return report if floor is None else report | dict(over_floor=round(median / floor, 3))
 
 
-def _reason(e: BaseException) -> str:
+def reason(e: BaseException) -> str:
+  """An error on one line."""
   causes = e.exceptions if isinstance(e, BaseExceptionGroup) else (e,)
   return " ".join(str(x).strip().splitlines()[0] for x in causes if str(x).strip())[:300]
 
 
-def _errors(got, want) -> dict[str, float]:
-  errors = {}
+def errors(got: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray]) -> dict[str, float]:
+  """Relative errors, of the norm, by name."""
+  found = {}
   for name, x in got.items():
     if name in want and x.shape == want[name].shape and x.ndim > 1:  # Not of a sum over all rows.
       error = np.linalg.norm(x - want[name]) / max(np.linalg.norm(want[name]), 1e-30)
-      errors[name] = float(f"{error:.3g}")
-  return errors
+      found[name] = float(f"{error:.3g}")
+  return found
 
 
-def _too_large(errors: dict[str, float], dtype: str) -> list[str]:
+def too_large(errors: Mapping[str, float], dtype: str) -> list[str]:
+  """Names of the errors beyond what inputs of the dtype explain."""
   bound = lambda name: TOLERANCE[dtype] * (DECAY_TOLERANCE if name == "log_decay" else 1)
   return [name for name, error in errors.items() if not error <= bound(name)]  # Or a NaN.
 
@@ -223,38 +234,44 @@ def plot(result: dict[str, Any], path: pathlib.Path) -> None:
   plt.close(figure)
 
 
-def _selected(names: Sequence[str], prefixes: Sequence[str] | None) -> list[str]:
-  return [n for n in names if prefixes is None or n.startswith(tuple(prefixes))]
+def selected_cases() -> Iterator[tuple[str, Any]]:
+  """The ops that flags select, at their shapes, by name."""
+  from experiments.benchmarks import kernel_programs
+
+  if unknown := set(_OPS.value or ()) - set(kernel_programs.OPS):
+    raise app.UsageError(f"--ops: unknown {sorted(unknown)}; among {list(kernel_programs.OPS)}")
+  prefixes = tuple(_CASES.value or ("",))
+  for name in _OPS.value or kernel_programs.OPS:
+    op, shapes = kernel_programs.OPS[name]
+    for case, shape in shapes.items():
+      if case.startswith("tiny") == _SMOKE.value and case.startswith(prefixes):
+        yield f"{name}/{case}", op(shape, _DTYPE.value)
+
+
+def set_platform() -> str:
+  """Tells jax, before it is imported, where programs run; returns the timer for it."""
+  os.environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(_PLATFORM.value, _PLATFORM.value)
+  # It may share the card with torch, and must not take it all.
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+  return _TIMER.value or ("device" if _PLATFORM.value == "gpu" else "clock")
 
 
 def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"arguments without a flag: {argv[1:]}")
-  # Before jax is imported: it may share the card with torch, and must not take it all.
-  os.environ["JAX_PLATFORMS"] = {"gpu": "cuda", "cpu": "cpu"}[_PLATFORM.value]
-  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-  from experiments.benchmarks import kernel_programs
-
-  if unknown := set(_OPS.value or ()) - set(kernel_programs.OPS):
-    raise app.UsageError(f"--ops: unknown {sorted(unknown)}; among {list(kernel_programs.OPS)}")
-  timer = _TIMER.value or {"gpu": "device", "cpu": "clock"}[_PLATFORM.value]
+  timer = set_platform()
   result = environment() | dict(dtype=_DTYPE.value, timer=timer, calls=_CALLS.value, cases={})
   peaks = next((x for name, x in PEAKS.items() if name in result["device"]), None)
-  for op_name in _OPS.value or kernel_programs.OPS:
-    op, shapes = kernel_programs.OPS[op_name]
-    tiny = [name for name in shapes if name.startswith("tiny")]
-    names = tiny if _SMOKE.value else [name for name in shapes if name not in tiny]
-    for name in _selected(names, _CASES.value):
-      case = op(shapes[name], _DTYPE.value)
-      report = run_case(case, _PROGRAMS.value, _CALLS.value, timer, peaks)
-      result["cases"][f"{op_name}/{name}"] = dict(shape=vars(shapes[name])) | report
-      for program, p in report["programs"].items():
-        logging.info("%s/%s %s: %s", op_name, name, program, json.dumps(p))
-      if _OUTPUT.value:  # After each case, so that an interrupted run has left something.
-        output = pathlib.Path(_OUTPUT.value)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
-        plot(result, output.with_suffix(".png"))
+  for name, op in selected_cases():
+    report = run_case(op, _PROGRAMS.value, _CALLS.value, timer, peaks)
+    result["cases"][name] = dict(shape=vars(op.shape)) | report
+    for program, p in report["programs"].items():
+      logging.info("%s %s: %s", name, program, json.dumps(p))
+    if _OUTPUT.value:  # After each case, so that an interrupted run has left something.
+      output = pathlib.Path(_OUTPUT.value)
+      output.parent.mkdir(parents=True, exist_ok=True)
+      output.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+      plot(result, output.with_suffix(".png"))
   wrong = [
     f"{case} {program}: {p['mismatch']}"
     for case, report in result["cases"].items()
