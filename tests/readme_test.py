@@ -5,10 +5,14 @@ import re
 
 import pytest
 
-_README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+_ROOT = pathlib.Path(__file__).parent.parent
+_README = (_ROOT / "README.md").read_text()
+_KERNELS = (_ROOT / "pallas_kernels/README.md").read_text()
 
 
-@pytest.mark.parametrize("code", re.findall(r"^```python\n(.*?)^```", _README, re.M | re.S))
+@pytest.mark.parametrize(
+  "code", re.findall(r"^```python\n(.*?)^```", _README + _KERNELS, re.M | re.S)
+)
 def test_python_blocks_run(code):
   exec(code, {})
 
