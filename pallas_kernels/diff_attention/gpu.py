@@ -49,7 +49,8 @@ def diff_attention(
   return (out, lse) if options.return_lse else out
 
 
-def refuse_unless_served(options, q, k, v):
+def refuse_unless_served(options: Options, q: Array, k: Array, v: Array) -> None:
+  """Raises `NotImplementedError`, with the reason, where the kernels have no tiles for these."""
   dim, value_dim = q.shape[-1], v.shape[-1]
   if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.bfloat16, jnp.float16):
     raise NotImplementedError(
