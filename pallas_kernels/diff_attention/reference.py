@@ -7,63 +7,45 @@ the arguments of every implementation: the static `Options`, the arrays, and `Vi
 """
 
 import dataclasses
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
-# Finite, since a row of -inf would turn to NaN, and its gradient with it.
-HIDDEN = float(jnp.finfo(jnp.float32).min)
+from pallas_kernels.visibility import (
+  HIDDEN,
+  MaskOptions,
+  Visibility,
+  softmax_dtype,
+  visible,
+  without_padding,
+)
 
 Result = Float[Array, "B T N V"] | tuple[Float[Array, "B T N V"], Float[Array, "B T N 2"]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(MaskOptions):
   """What is known when a call is traced; see `api.diff_attention`.
 
   Attributes:
     scale: Multiplies the scores.
-    causal: A query sees no later key.
-    window: It sees the last `window` keys alone, its own among them.
-    q_offset: Position of the first query among the keys; `None` where `Visibility` has one per row.
     eps: Of the headwise norm; `None` for no norm.
     post_scale: Multiplies the norm's output.
     return_lse: Also return the log-sum-exp of both maps.
   """
 
   scale: float = 1.0
-  causal: bool = True
-  window: int | None = None
-  q_offset: int | None = 0
   eps: float | None = None
   post_scale: float = 1.0
   return_lse: bool = False
 
   def __post_init__(self):
-    if self.window is not None and (self.window < 1 or not self.causal):
-      raise ValueError(f"window={self.window} is at least 1, of causal={self.causal} attention.")
+    super().__post_init__()
     if self.eps is None and self.post_scale != 1:
       raise ValueError(f"post_scale={self.post_scale} is of the headwise norm; give its eps too.")
-
-
-class Visibility(NamedTuple):
-  """The arrays that decide which keys a query sees; `None` hides nothing.
-
-  Attributes:
-    q_offset: Position of each row's first query, where `Options.q_offset` is `None`.
-    segment_ids: Documents of the queries, which see their own keys alone.
-    kv_segment_ids: Documents of the keys, given with `segment_ids`.
-    lengths: Valid keys per row.
-  """
-
-  q_offset: Int[Array, "B"] | None = None
-  segment_ids: Int[Array, "B T"] | None = None
-  kv_segment_ids: Int[Array, "B S"] | None = None
-  lengths: Int[Array, "B"] | None = None
 
 
 def naive(
@@ -176,42 +158,6 @@ def decode_naive(
 # What every implementation shares.
 
 
-def visible(
-  options: Options,
-  visibility: Visibility,
-  length: int,
-  kv_length: int,
-  start: int | Int[Array, ""] = 0,
-  kv_start: int = 0,
-) -> Bool[Array, "#B {length} {kv_length}"]:
-  """Which keys of a stretch the queries of a stretch see.
-
-  Args:
-    options: Of the call.
-    visibility: Of the call, for all of its tokens.
-    length: Of the stretch of queries.
-    kv_length: Of the stretch of keys.
-    start: The stretch's first query; alone of these it may be traced.
-    kv_start: The stretch's first key.
-  """
-  kv_index = kv_start + jnp.arange(kv_length)
-  seen = jnp.ones((1, length, kv_length), bool)
-  if options.causal:
-    offset = options.q_offset if visibility.q_offset is None else visibility.q_offset[:, None]
-    position = jnp.atleast_2d(offset + start + jnp.arange(length))[..., None]
-    seen &= kv_index <= position
-    if options.window is not None:
-      seen &= position - kv_index < options.window
-  if visibility.segment_ids is not None:
-    # Clipped one by one, where a slice that hangs over the end would move.
-    ids = jnp.take(visibility.segment_ids, start + jnp.arange(length), axis=1, mode="clip")
-    kv_ids = visibility.kv_segment_ids[:, kv_start : kv_start + kv_length]
-    seen &= ids[:, :, None] == kv_ids[:, None]
-  if visibility.lengths is not None:
-    seen &= kv_index < visibility.lengths[:, None, None]
-  return seen
-
-
 def last_query(
   options: Options, lengths: Int[Array, "B"] | None, batch: int, kv_length: int
 ) -> tuple[Options, Visibility]:
@@ -252,19 +198,6 @@ def merge(
   return headwise_norm(options, out, gain).astype(v.dtype)
 
 
-def without_padding(
-  k: Float[Array, "B S ..."], v: Float[Array, "B S ..."], lengths: Int[Array, "B"] | None
-) -> tuple[Float[Array, "B S ..."], Float[Array, "B S ..."]]:
-  """Zeros in place of padded keys and values: what they hold is not ours to trust.
-
-  A weight of zero does not hide a NaN.
-  """
-  if lengths is None:
-    return k, v
-  valid = jnp.arange(k.shape[1]) < lengths[:, None]
-  return tuple(jnp.where(valid.reshape(*valid.shape, *[1] * (x.ndim - 2)), x, 0) for x in (k, v))
-
-
 def per_token(
   lam: Float[Array, ""] | Float[Array, "N"] | Float[Array, "B T N"],
   q: Float[Array, "B T N 2 H"],
@@ -293,8 +226,3 @@ def headwise_norm(
     return out
   out = out * jax.lax.rsqrt(jnp.mean(jnp.square(out), axis=-1, keepdims=True) + options.eps)
   return options.post_scale * (out if gain is None else out * gain.astype(out.dtype))
-
-
-def softmax_dtype(dtype: DTypeLike) -> jnp.dtype:
-  """float32 for the scores and statistics of any input but float64, which tests alone use."""
-  return jnp.promote_types(dtype, jnp.float32)

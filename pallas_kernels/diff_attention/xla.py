@@ -9,8 +9,6 @@ pass holds more than a block's rows of a map, so memory is linear in the length.
 
 import functools
 import itertools
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +17,10 @@ from jaxtyping import Float, Int
 
 from pallas_kernels.common import vary_alike
 from pallas_kernels.diff_attention import reference
-from pallas_kernels.diff_attention.reference import HIDDEN, Options, Visibility
+from pallas_kernels.diff_attention.reference import Options
+from pallas_kernels.visibility import HIDDEN, Visibility, sweep
 
 BLOCK_SIZE = 64  # Queries; the fastest on CPUs, forward and backward.
-
-_MOST_BRANCHES = 16  # Of code, each with keys of its own.
 
 
 def blockwise(
@@ -113,7 +110,7 @@ def _forward(options, block_size, q, k, v, lam, visibility):
     out = _product("R S, S V -> R V", _rows(_difference(maps, lam, v.dtype), 1), v[..., keys, :])
     return carry, (out.reshape(*lam.shape[:-1], -1), top + jnp.log(total))
 
-  _, (out, lse) = _sweep(options, block_size, k.shape[-2], block, (), q, lam)
+  _, (out, lse) = sweep(options, block_size, k.shape[-2], block, (), q, lam)
   # Kept with the other sign where no key is seen: any score less infinity makes a map of zeros.
   return (out, jnp.where(lse == jnp.inf, -lse, lse)), (q, k, v, lam, visibility, lse)
 
@@ -143,7 +140,7 @@ def _backward(options, block_size, residuals, cotangents):
   zeros = [jnp.zeros_like(x.swapaxes(-1, -2), lse.dtype) for x in (k, v)]
   rows = (q, lam, lse, d_out, d_lse)
   zeros = vary_alike(*zeros, d_out)[:2]
-  carry, (d_q, d_lam) = _sweep(options, block_size, k.shape[-2], block, zeros, *rows)
+  carry, (d_q, d_lam) = sweep(options, block_size, k.shape[-2], block, zeros, *rows)
   d_k, d_v = (d.swapaxes(-1, -2).astype(x.dtype) for d, x in zip(carry, (k, v), strict=True))
   return d_q, d_k, d_v, d_lam, None
 
@@ -177,48 +174,3 @@ def _product(letters, x, y):
   """A product per key head and map: `ZM` before each operand's letters."""
   letters = letters.replace(" ", "").replace(",", ",ZM").replace("->", "->ZM")
   return _contract(f"ZM{letters}", x, y)
-
-
-def _sweep(
-  options: Options,
-  block_size: int,
-  kv_length: int,
-  step: Callable[..., tuple[Any, Any]],
-  carry: Any,
-  *arrays: Array,
-) -> tuple[Any, Any]:
-  """`step(keys, carry, start, *blocks)` over blocks of queries, which lie along axis -2.
-
-  A scan, since XLA runs blocks that it is free to order side by side, and holds all of a map. The
-  static slice `keys` is switched within it: what any query of the block sees, or of a stretch of
-  blocks where there are more than `_MOST_BRANCHES`.
-  """
-  length = arrays[0].shape[-2]
-  count = -(-length // block_size)
-  size = -(-length // count)
-  stretch = -(-count // _MOST_BRANCHES)
-
-  def split(x):
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, count * size - length), (0, 0)])
-    return jnp.moveaxis(x.reshape(*x.shape[:-2], count, size, x.shape[-1]), -3, 0)
-
-  def merge(x):
-    x = jnp.moveaxis(x, 0, -3)
-    return x.reshape(*x.shape[:-3], count * size, x.shape[-1])[..., :length, :]
-
-  branches = []
-  for start in range(0, count * size, stretch * size):
-    first, last = 0, kv_length
-    if options.causal and options.q_offset is not None:
-      last = min(last, options.q_offset + start + stretch * size)
-      if options.window is not None:
-        first = max(first, options.q_offset + start - options.window + 1)
-    last = max(last, 1)  # Where no key is seen, one that is hidden keeps the shapes.
-    branches.append(functools.partial(step, slice(min(first, last - 1), last)))
-
-  def body(carry, x):
-    index, *blocks = x
-    return jax.lax.switch(index // stretch, branches, carry, index * size, *blocks)
-
-  carry, outs = jax.lax.scan(body, carry, (jnp.arange(count), *map(split, arrays)))
-  return carry, jax.tree.map(merge, outs)
