@@ -68,7 +68,8 @@ def visible(
     visibility: Of the call, for all of its tokens.
     length: Of the stretch of queries.
     kv_length: Of the stretch of keys.
-    start: The stretch's first query; alone of these it may be traced.
+    start: The stretch's first query; alone of these it may be traced, and the stretch may hang over
+      the end.
     kv_start: The stretch's first key.
   """
   kv_index = kv_start + jnp.arange(kv_length)
@@ -80,7 +81,9 @@ def visible(
     if options.window is not None:
       seen &= position - kv_index < options.window
   if visibility.segment_ids is not None:
-    ids = jax.lax.dynamic_slice_in_dim(visibility.segment_ids, start, length, axis=1)
+    # Clipped one by one: a slice that hangs over the end would be moved as a whole.
+    index = start + jnp.arange(length)
+    ids = jnp.take(visibility.segment_ids, index, axis=1, mode="clip")
     kv_ids = visibility.kv_segment_ids[:, kv_start : kv_start + kv_length]
     seen &= ids[:, :, None] == kv_ids[:, None]
   if visibility.lengths is not None:

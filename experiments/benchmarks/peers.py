@@ -53,7 +53,7 @@ def torchscale_retnet(config: LanguageModelConfig) -> "torch.nn.Module":
   """Makes torchscale's RetNet of equal sizes, in its parallel form; see `set_chunk_size`."""
   import torch
 
-  _stand_in_for_unused_imports()
+  stand_in_for_unused_imports()
   from torchscale.architecture.config import RetNetConfig
   from torchscale.architecture.retnet import RetNetDecoder
 
@@ -191,7 +191,7 @@ def _as_numpy(weights: dict[str, Any]) -> StateDict:
   return {name: np.array(x, np.float32, order="C") for name, x in weights.items()}
 
 
-def _stand_in_for_unused_imports() -> None:
+def stand_in_for_unused_imports() -> None:
   """Lets torchscale import without fairscale and timm.
 
   It takes three names from them, for sharding, checkpointing and stochastic depth, none of which

@@ -6,7 +6,8 @@ One field of an op's block sizes after another is tried at each of its values, t
 best so far; what counts is the time of forward and backward. The search begins with what the
 heuristic of `blocks.py` chooses, whose time stands beside the best. Sizes that do not fit are
 listed with their reason, and those whose results are wrong end the run with an error. Flags are
-those of `kernels.py`, `--output` excepted; on a CPU the TPU's kernels are interpreted, for tests.
+those of `kernels.py` but `--output` and `--programs`; on a CPU the TPU's kernels are interpreted,
+for tests.
 """
 
 import dataclasses
@@ -125,7 +126,8 @@ def tune(op: Any, search: Search, calls: int, timer: str) -> list[dict[str, Any]
     A report for each of the block sizes tried, the heuristic's first.
 
   Raises:
-    RuntimeError: Block sizes change the results.
+    MismatchError: Block sizes change the results.
+    NotImplementedError: The heuristic's do not run.
   """
   inputs = [op.inputs(0)]
   want = op.reference(inputs[0])

@@ -166,6 +166,7 @@ def flash_attention(
   scale: float = 1.0,
   causal: bool = True,
   window: int | None = None,
+  q_offset: int | Int[Array, ""] | Int[Array, "B"] = 0,
   segment_ids: Int[Array, "B T"] | None = None,
   kv_segment_ids: Int[Array, "B S"] | None = None,
   lengths: Int[Array, "B"] | None = None,
@@ -184,6 +185,7 @@ def flash_attention(
     scale: See there.
     causal: See there.
     window: See there.
+    q_offset: See there.
     segment_ids: See there.
     kv_segment_ids: See there.
     lengths: See there.
@@ -202,7 +204,9 @@ def flash_attention(
   args = {name: x for name, x in args.items() if x is not None}
   axes = axes_to_map(spec)
   if axes is None:
-    return kernel(**args, **options)
+    return kernel(**args, **options, q_offset=q_offset)
+  if not isinstance(q_offset, int):
+    args["q_offset"] = jnp.broadcast_to(q_offset, q.shape[:1])
   if "segment_ids" in args:
     args.setdefault("kv_segment_ids", segment_ids)
   if k.shape[2] % axes_size(axes[2]):
@@ -212,10 +216,13 @@ def flash_attention(
   b, t, n = (names or None for names in axes)
   specs = dict.fromkeys(("k", "v"), PartitionSpec(b, None, n, None))
   specs |= dict(q=PartitionSpec(b, t, n, None), lengths=PartitionSpec(b))
+  specs |= dict(q_offset=PartitionSpec(b))
   specs |= dict(segment_ids=PartitionSpec(b, t), kv_segment_ids=PartitionSpec(b, None))
 
   def local(args):
-    offset = jax.lax.axis_index(axes[1]) * args["q"].shape[1] if axes[1] else 0
+    offset = args.pop("q_offset", q_offset)
+    if axes[1]:
+      offset = offset + jax.lax.axis_index(axes[1]) * args["q"].shape[1]
     return kernel(**args, **options, q_offset=offset)
 
   out = specs["q"]

@@ -143,6 +143,8 @@ def diff_attention_decode(
 ) -> Float[Array, "B N V"]:
   """Differential attention of one query per row over a cache, for decoding.
 
+  Kernels of it have no gradient; "xla" and "naive" have.
+
   Args:
     q: Queries; each row's is that of its last valid key.
     k: See `diff_attention`.

@@ -67,7 +67,7 @@ def decode(
 ) -> Float[Array, "B N V"]:
   """One query per row over a cache, in `num_splits` parts (one if `None`)."""
   batch, heads, _, dim = q.shape
-  _, v = reference.without_padding(k, v, lengths)  # Scores of padded keys are replaced as they are.
+  k, v = reference.without_padding(k, v, lengths)
   k = k if k.ndim == 5 else k[:, :, :, None]
   q = q.reshape(batch, v.shape[2], -1, 2, dim)
   options, visibility = reference.last_query(options, lengths, batch, k.shape[1])

@@ -93,6 +93,12 @@ def flash_attention(
         f"{name} has shape {array.shape}; with {q.shape=} {k.shape=} it must be "
         f"{' or '.join(map(str, shapes))}."
       )
+    if (
+      array is not None and name not in ("k", "v") and not jnp.issubdtype(array.dtype, jnp.integer)
+    ):
+      raise ValueError(f"{name} counts or names tokens; {array.dtype=} must be an integer type.")
+  if not length or not kv_length:
+    raise ValueError(f"There is at least one query and one key; not {q.shape=} {k.shape=}.")
   options = Options(
     causal=causal,
     window=window,

@@ -7,7 +7,7 @@ from jaxtyping import Float
 
 from pallas_kernels.common import target_platform
 from pallas_kernels.flash_attention.reference import Options, Result
-from pallas_kernels.visibility import Visibility
+from pallas_kernels.visibility import Visibility, without_padding
 
 
 def cudnn(
@@ -34,6 +34,7 @@ def cudnn(
     raise NotImplementedError("cuDNN's causal mask is for queries as many as keys.")
   # Of a row without keys its softmax is undefined: it reads one, and the output is cleared.
   lengths = visibility.lengths
+  k, v = without_padding(k, v, lengths)
   seen = None if lengths is None else _seen(options, lengths, q.shape[1])
   try:
     out = jax.nn.dot_product_attention(

@@ -11,9 +11,9 @@ from jaxtyping import Float
 
 from pallas_kernels.common import target_platform
 from pallas_kernels.flash_attention.reference import Options, Result
+from pallas_kernels.mosaic_tpu import LANES
 from pallas_kernels.visibility import Visibility
 
-_LANES = 128
 _BLOCK = 1024  # Queries and keys of a step where there are as many.
 
 
@@ -34,8 +34,11 @@ def splash(
   if visibility.lengths is not None:
     raise NotImplementedError("Splash attention gives rows without a key no zeros; no lengths.")
   (_, length, heads, _), kv_length = q.shape, k.shape[1]
+  last = options.q_offset + length - 1
+  if options.causal and (options.q_offset < 0 or last - (options.window or last) >= kv_length - 1):
+    raise NotImplementedError(f"Splash attention has no rows without a key: {options=} {k.shape=}.")
   # Its blocks are whole; what is added is of no document. A query sees itself in any document.
-  padded, kv_padded = (-(-n // _LANES) * _LANES for n in (length, kv_length))
+  padded, kv_padded = (-(-n // LANES) * LANES for n in (length, kv_length))
   documents = None
   if visibility.segment_ids is not None or (padded, kv_padded) != (length, kv_length):
     if not options.causal or length != kv_length or options.q_offset:
@@ -79,4 +82,4 @@ def _kernel(options, heads, length, kv_length, interpret):
 
 def _largest_divisor(length, limit):
   """The largest multiple of the lanes that divides `length`, up to `limit`."""
-  return max(n for n in range(_LANES, min(length, limit) + 1, _LANES) if length % n == 0)
+  return max(n for n in range(LANES, min(length, limit) + 1, LANES) if length % n == 0)

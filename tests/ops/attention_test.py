@@ -296,6 +296,7 @@ def _flash_and_grads(spec, **options):
 def test_sharded_equals_unsharded(mesh, spec, kv_heads):
   args = [jnp.asarray(x, jnp.float32) for x in _inputs(2, 16, 16, 4, kv_heads)]
   options = dict(segment_ids=jnp.arange(16)[None].repeat(2, 0) // 6, window=5)
+  options["q_offset"] = jnp.array([0, 2])
   want = _flash_and_grads(None, **options)(*args)
   with jax.set_mesh(mesh):
     got = _flash_and_grads(spec, **options)(*args)

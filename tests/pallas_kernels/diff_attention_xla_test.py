@@ -5,6 +5,7 @@ import functools
 import diff_attention_suite
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pallas_kernels.diff_attention import IMPLEMENTATIONS, diff_attention, xla
@@ -46,3 +47,22 @@ def test_hidden_blocks_cost_nothing(options):
   """Of all branches' products: a conditional's flops are counted once for each branch."""
   flops = lambda **o: _step("xla", 1024, **o).cost_analysis()["flops"]
   assert flops(**options) < (0.25 if options else 0.6) * flops(causal=False) * 16
+
+
+@pytest.mark.parametrize("length", [577, 700])
+def test_packed_rows_of_many_ragged_blocks(length):
+  """The last of more blocks than are written out hangs over the end."""
+  rng = np.random.default_rng(length)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=(1, length, 1, *shape)), jnp.float32)
+  args, ids = (draw(2, 4), draw(2, 4), draw(6)), jnp.arange(length)[None] // 100
+
+  def run(implementation):
+    def loss(*args):
+      options = dict(segment_ids=ids, implementation=implementation)
+      out = diff_attention(*args, jnp.float32(0.3), **options)
+      return jnp.sum(out * jnp.cos(jnp.arange(out.size)).reshape(out.shape)), out
+
+    return jax.tree.leaves(jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*args))
+
+  for got, want in zip(run("xla"), run("naive"), strict=True):
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,293 @@
+"""Our XLA forms of retention and differential attention beside torch's, on one CPU, in one run.
+
+  python -m experiments.benchmarks.ops_cpu --rounds=9
+
+Each case is an op of ours and a peer on the same float32 inputs, forward or with every gradient.
+Outputs and gradients must agree before anything is timed; retention's after the head norm, which
+cancels the rows' scales that torchscale puts in. As in `train.py`, whose flags these are but for
+the output's: a process for each, which take turns, and the best round counts.
+"""
+
+import abc
+import json
+import os
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+from tqdm import tqdm
+
+from experiments.benchmarks import specs
+from experiments.benchmarks.train import CHUNK_SIZES, REST_SECONDS, Worker, environment
+from latentlab.app import huge_page_environment
+
+_OUTPUT = flags.DEFINE_string(
+  "ops_output", "experiments/results/benchmarks/ops_cpu.json", "Where figures go; '' for nowhere."
+)
+_CASES = flags.DEFINE_list("ops_cases", None, "Cases to time, by prefix; all by default.")
+
+TOLERANCE = 1e-4  # Relative, of the norm.
+NORM_EPS = 0.0  # Under the head norm's root.
+
+
+class Case(abc.ABC):
+  """An op on inputs, in a process that it has to itself.
+
+  Attributes:
+    maps: Attention maps, each with queries and keys of its own.
+    inputs: By name.
+    d_out: The gradient of the output.
+  """
+
+  maps = 1
+  lam = 0.5  # Weight of a second map.
+
+  def __init__(self, shape: specs.Attention, backward: bool):
+    self.shape, self.backward = shape, backward
+    rng = np.random.default_rng(0)
+    draw = lambda *sizes: rng.normal(size=sizes).astype(np.float32)
+    lead = (shape.batch, shape.length, shape.num_heads)
+    queries = (*lead, *((self.maps,) if self.maps > 1 else ()), shape.head_dim)
+    values = (*lead, shape.value_head_dim)
+    self.inputs = dict(q=draw(*queries), k=draw(*queries) * shape.head_dim**-0.5, v=draw(*values))
+    self.d_out = draw(*values)
+
+  @abc.abstractmethod
+  def compute(self) -> Sequence[Any]:
+    """The output, or the gradients, once they are there."""
+
+  def results(self) -> list[np.ndarray]:
+    """The same as arrays of numpy."""
+    return [np.asarray(x) for x in self.compute()]
+
+  def time(self) -> tuple[float, float]:
+    """Seconds by the clock and of all cores' time, of a call after another."""
+    self.compute()
+    clock, cpu = time.perf_counter(), time.process_time()
+    self.compute()
+    return time.perf_counter() - clock, time.process_time() - cpu
+
+
+class Ours(Case):
+  """By jax."""
+
+  def __init__(self, shape, backward):
+    import jax
+    import jax.numpy as jnp
+
+    super().__init__(shape, backward)
+    args = [jnp.asarray(x) for x in self.inputs.values()]
+    function = lambda *args: (self.op(*args),)
+    if backward:
+      loss = lambda *args: jnp.sum(self.op(*args) * self.d_out)
+      function = jax.grad(loss, argnums=(0, 1, 2))
+    compiled = jax.jit(function).lower(*args).compile()
+    self._call = lambda: compiled(*args)
+
+  def compute(self):
+    import jax
+
+    return jax.block_until_ready(self._call())
+
+
+class OurRetention(Ours):
+  def op(self, q, k, v):
+    import jax.numpy as jnp
+
+    from latentlab.ops import log_decay_rates
+    from pallas_kernels import retention
+
+    out, _ = retention(q, k, v, log_decay_rates(self.shape.num_heads), implementation="xla")
+    return out / jnp.sqrt(jnp.mean(out**2, axis=-1, keepdims=True) + NORM_EPS)
+
+
+class OurDiffAttention(Ours):
+  maps = 2
+
+  def op(self, q, k, v):
+    import jax.numpy as jnp
+
+    from pallas_kernels import diff_attention
+
+    return diff_attention(q, k, v, jnp.float32(self.lam), implementation="xla")
+
+
+class Peer(Case):
+  """By torch."""
+
+  def __init__(self, shape, backward, *options):
+    import torch
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    super().__init__(shape, backward)
+    self.options = options
+    self._args = [torch.from_numpy(x).requires_grad_(backward) for x in self.inputs.values()]
+    self._d_out = torch.from_numpy(self.d_out)
+    self.make()
+
+  def make(self) -> None:
+    """Prepares what does not depend on the inputs."""
+
+  def compute(self):
+    import torch
+
+    if not self.backward:
+      with torch.no_grad():
+        return [self.op(*self._args)]
+    return torch.autograd.grad(self.op(*self._args), self._args, self._d_out)
+
+
+class TorchscaleRetention(Peer):
+  """Its module's form between rotation and gate: in chunks of the option, or parallel."""
+
+  def make(self):
+    import torch
+
+    from experiments.benchmarks import peers
+
+    peers.stand_in_for_unused_imports()
+    from torchscale.architecture.config import RetNetConfig
+    from torchscale.architecture.retnet import RetNetRelPos
+    from torchscale.component.multiscale_retention import MultiScaleRetention
+
+    s, (chunk,) = self.shape, self.options
+    widths = dict(decoder_embed_dim=s.num_heads * s.head_dim, decoder_retention_heads=s.num_heads)
+    args = RetNetConfig(**widths, decoder_value_embed_dim=s.num_heads * s.value_head_dim)
+    args.recurrent_chunk_size = chunk or s.length
+    self._module = MultiScaleRetention(
+      args, args.decoder_embed_dim, args.decoder_value_embed_dim, s.num_heads
+    )
+    positions = RetNetRelPos(args)
+    with torch.no_grad():
+      _, self._mask = positions(s.length, chunkwise_recurrent=chunk is not None)
+
+  def op(self, q, k, v):
+    import torch
+
+    q, k = (x.transpose(1, 2).contiguous() for x in (q, k))
+    chunked = self.options[0] is not None
+    form = self._module.chunk_recurrent_forward if chunked else self._module.parallel_forward
+    out = form(q, k, v.flatten(2), self._mask).reshape(v.shape)
+    return out * torch.rsqrt(out.square().mean(-1, keepdim=True) + NORM_EPS)
+
+
+class TorchDiffAttention(Peer):
+  """Two attentions of torch, by its fused kernel or written out."""
+
+  maps = 2
+
+  def op(self, q, k, v):
+    import torch
+
+    (fused,) = self.options
+    v = v.transpose(1, 2)
+    maps = []
+    for m in range(2):
+      q_map, k_map = q[:, :, :, m].transpose(1, 2), k[:, :, :, m].transpose(1, 2)
+      if fused:
+        out = torch.nn.functional.scaled_dot_product_attention(
+          q_map, k_map, v, is_causal=True, scale=1.0
+        )
+      else:
+        hidden = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).triu(1)
+        scores = (q_map @ k_map.mT).masked_fill(hidden, -torch.inf)
+        out = scores.softmax(-1) @ v
+      maps.append(out)
+    return (maps[0] - self.lam * maps[1]).transpose(1, 2)
+
+
+_RETENTION = specs.Attention(4, 2048, 4, 64, 128)
+_DIFF_ATTENTION = specs.Attention(4, 512, 3, 64, 128)
+# By case: shape, ours, the peer, the options that it may choose among, and the gate.
+CASES: dict[str, tuple[specs.Attention, type[Case], type[Case], Sequence[Any], float | None]] = {
+  "retention/chunkwise": (_RETENTION, OurRetention, TorchscaleRetention, CHUNK_SIZES, 1.8),
+  "retention/chunkwise_backward": (_RETENTION, OurRetention, TorchscaleRetention, CHUNK_SIZES, 1.3),
+  "retention/parallel_backward": (_RETENTION, OurRetention, TorchscaleRetention, (None,), 10),
+  "diff_attention/sdpa": (_DIFF_ATTENTION, OurDiffAttention, TorchDiffAttention, (True,), None),
+  "diff_attention/sdpa_backward": (
+    *(_DIFF_ATTENTION, OurDiffAttention, TorchDiffAttention, (True,), None),
+  ),
+  "diff_attention/written_out_backward": (
+    *(_DIFF_ATTENTION, OurDiffAttention, TorchDiffAttention, (False,), None),
+  ),
+}
+
+
+def run_case(
+  name: str, cores: Sequence[int], rounds: int, shape: specs.Attention | None = None
+) -> dict[str, Any]:
+  """Checks that both compute the same, and times them.
+
+  Args:
+    name: A key of `CASES`.
+    cores: Cores that both are bound to.
+    rounds: Turns of each.
+    shape: In place of the case's own.
+
+  Raises:
+    RuntimeError: They do not compute the same; nothing was timed.
+  """
+  case_shape, ours, peer, options, gate = CASES[name]
+  shape, backward = shape or case_shape, name.endswith("backward")
+  options = [o for o in options if o is None or isinstance(o, bool) or shape.length % o == 0]
+  with Worker(ours, cores, shape, backward) as our_worker:
+    want = our_worker.call("results")
+    seconds: dict[str, list[tuple[float, float]]] = {"ours": []}
+    workers = {"ours": our_worker}
+    for option in options:
+      worker = Worker(peer, cores, shape, backward, option)
+      _match(name, option, want, worker.call("results"))
+      workers[str(option)] = worker
+      seconds[str(option)] = []
+    for i in tqdm(range(rounds), desc=name, unit="rounds"):
+      for who in list(workers)[:: 1 if i % 2 else -1]:
+        time.sleep(REST_SECONDS)
+        seconds[who].append(workers[who].call("time"))
+    for worker in list(workers.values())[1:]:
+      worker.__exit__()
+  best = {who: tuple(min(x) for x in zip(*times, strict=True)) for who, times in seconds.items()}
+  fastest = min((who for who in best if who != "ours"), key=lambda who: best[who][0])
+  return dict(
+    shape=vars(shape),
+    gate=gate,
+    peer_mode=fastest,
+    ratio=round(best[fastest][0] / best["ours"][0], 3),
+    ratio_of_cpu_seconds=round(best[fastest][1] / best["ours"][1], 3),
+    best_ms={who: round(1e3 * clock, 3) for who, (clock, _) in best.items()},
+    rounds_ms={who: [round(1e3 * clock, 3) for clock, _ in x] for who, x in seconds.items()},
+  )
+
+
+def _match(name, option, want, got) -> None:
+  for i, (a, b) in enumerate(zip(got, want, strict=True)):
+    error = float(np.linalg.norm(a - b) / np.linalg.norm(b))
+    if not error <= TOLERANCE:  # A NaN is a mismatch too.
+      raise RuntimeError(
+        f"{name}, peer's {option}: array {i} differs by {error}; nothing is timed."
+      )
+
+
+def main(argv: Sequence[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"arguments without a flag: {argv[1:]}")
+  os.environ.update({"JAX_PLATFORMS": "cpu"} | huge_page_environment())
+  available = sorted(os.sched_getaffinity(0))
+  cores, rounds = available[: flags.FLAGS.cores], flags.FLAGS.rounds
+  result = environment(cores) | dict(dtype="float32", rounds=rounds, cases={})
+  for name in CASES:
+    if _CASES.value and not name.startswith(tuple(_CASES.value)):
+      continue
+    report = result["cases"][name] = run_case(name, cores, rounds)
+    gate = "" if report["gate"] is None else f", where the gate is {report['gate']}"
+    print(f"{name}: {report['ratio']:.2f} times the peer's speed ({report['peer_mode']}){gate}")
+    if _OUTPUT.value:
+      output = pathlib.Path(_OUTPUT.value)
+      output.parent.mkdir(parents=True, exist_ok=True)
+      output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,21 @@
+"""The CPU benchmark of the ops: each peer computes what ours does, and a mismatch is not timed."""
+
+import pytest
+
+pytest.importorskip("torch", reason="the peers are in torch")
+pytest.importorskip("torchscale", reason="pip install --no-deps torchscale==0.3.0")
+
+from experiments.benchmarks import ops_cpu, specs  # noqa: E402 (after the skips)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ops_cpu.CASES)
+def test_peers_compute_the_same(name):
+  values = 16 if name.startswith("retention") else 8
+  report = ops_cpu.run_case(name, [0], 1, specs.Attention(1, 64, 2, 8, values))
+  assert report["ratio"] > 0 and report["best_ms"]["ours"] > 0
+
+
+def test_a_mismatch_is_an_error():
+  with pytest.raises(RuntimeError, match="nothing is timed"):
+    ops_cpu._match("case", None, [ops_cpu.np.ones(3)], [ops_cpu.np.zeros(3)])
