@@ -10,6 +10,7 @@ from flax import linen as nn
 
 from latentlab import data as data_lib
 from latentlab import eval as eval_lib
+from latentlab import ops
 from latentlab.eval import perplexity
 
 VOCAB, LENGTH = 258, 12
@@ -22,6 +23,8 @@ class _Bigram(nn.Module):
 
   @nn.compact
   def token_losses(self, tokens, targets, positions=None, segment_ids=None):
+    if positions is None:  # As a model counts them.
+      positions = ops.document_positions(segment_ids)
     table = self.param("table", nn.initializers.normal(1.0), (VOCAB, VOCAB))
     scale = 1 + 0.1 * positions[..., None]
     log_probs = jax.nn.log_softmax(table[tokens] * scale)
