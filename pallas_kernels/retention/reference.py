@@ -5,6 +5,9 @@ its single-chunk case; `recurrent` (eq. 6) is on its own, and what the two are h
 the arguments of `api.retention`, which checks them.
 """
 
+import functools
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,9 +15,10 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
-from pallas_kernels.common import vary_alike
+from pallas_kernels.common import target_platform, vary_alike
 
 DEFAULT_CHUNK_SIZE = 64  # The fastest on CPUs, forward and backward.
+_UNROLL = 4  # Chunks between which a CPU's threads find something to do side by side.
 
 
 def chunkwise(
@@ -27,69 +31,54 @@ def chunkwise(
   segment_ids: Int[Array, "B T"] | None = None,
   chunk_size: int | None = None,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B N H V"]]:
-  """Eq. 7: quadratic within chunks, all of them at once; a scan carries the state across them.
+  """Eq. 7: quadratic within chunks, and a scan that carries the state across them.
 
   With `S` the state that enters a chunk, `O = (Q K^T * inner) V + enter * (Q S)`, and the state
   that enters the next is `carry * S + (leave * K)^T V`. The last row of `inner` is `leave`, the
   last entry of `enter` is `carry`; all are zero across the start of a document.
+
+  A CPU takes one chunk after another, whose arrays stay in its cache; an accelerator takes all at
+  once. A shorter chunk at the end is by itself: nothing is padded.
   """
-  (batch, length, heads, head_dim), (kv_heads, value_dim) = q.shape, v.shape[2:]
+  (batch, length, heads, head_dim), value_dim = q.shape, v.shape[-1]
   chunk = max(1, min(chunk_size or DEFAULT_CHUNK_SIZE, length))
-  num_chunks = max(1, -(-length // chunk))
-  dtype, out_dtype = state_dtype(v.dtype), v.dtype
-
-  def split(x, mode="constant"):
-    x = jnp.pad(x, [(0, 0), (0, num_chunks * chunk - length)] + [(0, 0)] * (x.ndim - 2), mode)
-    return jnp.moveaxis(x.reshape(batch, num_chunks, chunk, *x.shape[2:]), 1, 0)
-
-  def split_heads(x):  # Heads before length, so that all products below are plain batched matmuls.
-    x = split(x).reshape(num_chunks, batch, chunk, kv_heads, -1, x.shape[-1])
-    return x.transpose(0, 1, 3, 4, 2, 5)
+  dtype = state_dtype(v.dtype)
 
   valid = None if lengths is None else valid_tokens(lengths, length)
   if valid is not None:  # What a padded token holds is not ours to trust, and may be a NaN.
     k, v = (jnp.where(valid[..., None, None], x, 0) for x in (k, v))
-  q, k, v = split_heads(q), split_heads(k)[:, :, :, 0], split_heads(v)[:, :, :, 0]
-
-  if log_decay.ndim == 1:
-    log_decay = log_decay.reshape(kv_heads, -1).astype(dtype)
-    ends = np.array([length]) if lengths is None else jnp.minimum(lengths, length)
-    ragged = lengths is not None or num_chunks * chunk != length
-    inner, enter = _fixed_decay(log_decay, ends, num_chunks if ragged else 1, chunk)
-  else:
+  tokens, marks, decay = _Tokens(q, k, v), _Marks(), _Decay()
+  log_decay = log_decay.astype(dtype)
+  if log_decay.ndim == 3:
     log_decay = log_decay if valid is None else jnp.where(valid[..., None], log_decay, 0)
-    inner, enter = _token_decay(split_heads(log_decay.astype(dtype)[..., None])[..., 0])
-
-  visible = np.tri(chunk, dtype=bool)
-  if segment_ids is not None:
-    runs = split(jnp.cumsum(document_starts(segment_ids, valid), 1), mode="edge")  # M B C
-    before = jnp.pad(runs[:-1, :, -1], ((1, 0), (0, 0)))  # The initial state is of the first run.
-    visible = (visible & (runs[..., :, None] == runs[..., None, :]))[:, :, None, None]
-    enter = jnp.where((runs == before[..., None])[:, :, None, None], enter, 0)
-  inner = jnp.where(visible, inner, 0)
-  leave, carry = inner[..., -1, :], enter[..., -1]
-
-  update = jnp.einsum(
-    "mbkgch,mbkcv->mbkghv",
-    (k[:, :, :, None] * leave[..., None]).astype(k.dtype),
-    v,
-    preferred_element_type=dtype,
-  )
-  carry = jnp.broadcast_to(carry, update.shape[:4])[..., None, None]
-  if initial_state is None:
-    state = jnp.zeros_like(update[0])
+    tokens = tokens._replace(log_decay=log_decay)
+  elif lengths is None:
+    decay = _Decay(None, *_fixed_decay(log_decay, np.arange(1, chunk + 1)))
   else:
-    state = initial_state.reshape(update.shape[1:]).astype(dtype)
-  carry, update, state = vary_alike(carry, update, state)
-  state, entering = jax.lax.scan(lambda s, x: (x[0] * s + x[1], s), state, (carry, update))
+    decay = _Decay(log_decay)
+    marks = marks._replace(places=jnp.minimum(np.arange(-1, length), lengths[:, None] - 1))
+  if segment_ids is not None:
+    runs = jnp.cumsum(document_starts(segment_ids, valid), axis=1)
+    marks = marks._replace(runs=jnp.pad(runs, ((0, 0), (1, 0))))  # The first is the state's.
 
-  scores = jnp.einsum("mbkgch,mbkdh->mbkgcd", q, k, preferred_element_type=dtype) * inner
-  out = jnp.einsum(
-    "mbkgcd,mbkdv->mbkgcv", scores.astype(out_dtype), v, preferred_element_type=dtype
-  )
-  out += jnp.einsum("mbkgch,mbkghv->mbkgcv", q * enter[..., None], entering)
-  out = out.astype(out_dtype).transpose(1, 0, 4, 2, 3, 5).reshape(batch, -1, heads, value_dim)
-  return out[:, :length], state.reshape(batch, heads, head_dim, value_dim)
+  if initial_state is None:
+    initial_state = jnp.zeros((batch, heads, head_dim, value_dim))
+  state = initial_state.astype(dtype)
+  leaves, tree = jax.tree.flatten((decay, state, tokens, marks))
+  decay, state, tokens, marks = jax.tree.unflatten(tree, vary_alike(*leaves))
+
+  outs, whole = [], length - length % chunk
+  if whole > chunk:
+    several = _in_turn if target_platform() == "cpu" else _at_once
+    state, out = several(chunk, decay, state, *_cut(tokens, marks, 0, whole))
+    outs.append(out)
+  for start, size in ((0, chunk * (whole == chunk)), (whole, length - whole)):
+    if size:
+      state, out = _step(decay, state, *_cut(tokens, marks, start, size))
+      outs.append(out)
+  if len(outs) != 1:
+    outs = [jnp.concatenate([jnp.zeros((batch, 0, heads, value_dim), v.dtype), *outs], axis=1)]
+  return outs[0], state
 
 
 def parallel(
@@ -181,27 +170,177 @@ def document_starts(
   return starts if valid is None else starts & valid
 
 
+class _Tokens(NamedTuple):
+  """What there is of each token; several chunks' or one's."""
+
+  q: Float[Array, "B C N H"]
+  k: Float[Array, "B C K H"]
+  v: Float[Array, "B C K V"]
+  log_decay: Float[Array, "B C N"] | None = None
+
+
+class _Marks(NamedTuple):
+  """What counts tokens, with that of the token before the first in front.
+
+  Attributes:
+    places: Valid tokens before this one, all of a row's before one that is padding.
+    runs: The number of the document.
+  """
+
+  places: Int[Array, "B C+1"] | None = None
+  runs: Int[Array, "B C+1"] | None = None
+
+
+class _Decay(NamedTuple):
+  """A decay that tokens share: by itself, or as what a chunk without padding makes of it."""
+
+  log_decay: Float[Array, "N"] | None = None
+  inner: Float[Array, "1 N C C"] | None = None
+  enter: Float[Array, "1 N C"] | None = None
+
+
+class _Local(NamedTuple):
+  """What a chunk computes without the state that enters it."""
+
+  out: Float[Array, "B N C V"]
+  queries: Float[Array, "B N C H"]
+  carry: Float[Array, "#B N 1 1"]
+  update: Float[Array, "B N H V"]
+
+
+def _cut(tokens, marks, start, size):
+  """The tokens from `start` on, and their marks."""
+  cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, axis=1)
+  tokens = jax.tree.map(lambda x: cut(x, slice_size=size), tokens)
+  return tokens, jax.tree.map(lambda x: cut(x, slice_size=size + 1), marks)
+
+
+def _local(decay: _Decay, tokens: _Tokens, marks: _Marks) -> _Local:
+  # Heads before length, and a copy of its key for each query head: plain batched products.
+  q, k, v = (x.swapaxes(1, 2) for x in tokens[:3])
+  k, v = (jnp.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
+  if tokens.log_decay is not None:
+    inner, enter = _token_decay(tokens.log_decay.swapaxes(1, 2))
+  elif marks.places is not None:
+    inner, enter = _fixed_decay(decay.log_decay, marks.places[:, 1:] - marks.places[:, :1])
+  else:
+    chunk = q.shape[2]
+    inner, enter = decay.inner[..., :chunk, :chunk], decay.enter[..., :chunk]
+  if marks.runs is not None:
+    runs = marks.runs[:, 1:]
+    inner = jnp.where((runs[:, :, None] == runs[:, None, :])[:, None], inner, 0)
+    enter = jnp.where((runs == marks.runs[:, :1])[:, None], enter, 0)
+  leave, carry = inner[..., -1, :, None], enter[..., -1, None, None]
+
+  scores = _product("BNCH,BNDH->BNCD", q, k) * inner
+  return _Local(
+    out=_product("BNCD,BNDV->BNCV", scores.astype(v.dtype), v),
+    queries=q * enter[..., None],
+    carry=carry,
+    update=_product("BNCH,BNCV->BNHV", (k * leave).astype(k.dtype), v),
+  )
+
+
+def _join(state: Float[Array, "B N H V"], local: _Local):
+  """The state that leaves a chunk, and its output, `B C N V`."""
+  out = local.out + _product("BNCH,BNHV->BNCV", local.queries, state)
+  return local.carry * state + local.update, out.swapaxes(1, 2)
+
+
+def _product(equation: str, x: Array, y: Array) -> Array:
+  return jnp.einsum(equation, x, y, preferred_element_type=state_dtype(x.dtype))
+
+
+def _step(decay: _Decay, state: Float[Array, "B N H V"], tokens: _Tokens, marks: _Marks):
+  """One chunk."""
+  state, out = _join(state, _local(decay, tokens, marks))
+  return state, out.astype(tokens.v.dtype)
+
+
+def _at_once(chunk, decay, state, tokens, marks):
+  """Chunks side by side; only the states are made one after another."""
+  starts = np.arange(0, tokens.v.shape[1], chunk)
+  cut = lambda start: _cut(tokens, marks, start, chunk)
+  local = jax.vmap(lambda start: _local(decay, *cut(start)))(starts)
+  carry, update, state = vary_alike(local.carry, local.update, state)
+  state, entering = jax.lax.scan(lambda s, x: (x[0] * s + x[1], s), state, (carry, update))
+  out = jax.vmap(lambda s, x: _join(s, x)[1].astype(tokens.v.dtype), out_axes=1)(entering, local)
+  return state, out
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_turn(chunk, decay, state, tokens, marks):
+  """Chunks one after another. The backward recomputes all of a chunk but the state it began with.
+
+  Left to itself, autodiff would keep each chunk's scores, and move whole arrays to slice them.
+  """
+  return _in_turn_fwd(chunk, decay, state, tokens, marks)[0]
+
+
+def _in_turn_fwd(chunk, decay, state, tokens, marks):
+  def step(carry, start):
+    state, out = carry
+    leaving, part = _step(decay, state, *_cut(tokens, marks, start, chunk))
+    return (leaving, _put(out, part, start)), state
+
+  q, v = tokens.q, tokens.v
+  out = jnp.zeros((*q.shape[:-1], v.shape[-1]), v.dtype)
+  starts = np.arange(0, q.shape[1], chunk)
+  carry = (state, vary_alike(out, q)[0])
+  carry, entering = jax.lax.scan(step, carry, starts, unroll=_UNROLL)
+  return carry, (decay, entering, tokens, marks)
+
+
+def _in_turn_bwd(chunk, residuals, cotangents):
+  decay, entering, tokens, marks = residuals
+  d_state, d_out = cotangents
+
+  def step(carry, x):
+    (d_decay, d_state, d_tokens), (state, start) = carry, x
+    part, marked = _cut(tokens, marks, start, chunk)
+    _, pull = jax.vjp(lambda *args: _step(*args, marked), decay, state, part)
+    d_part = jax.lax.dynamic_slice_in_dim(d_out, start, chunk, 1)
+    more, d_state, d_part = pull((d_state, d_part))
+    d_tokens = jax.tree.map(lambda whole, part: _put(whole, part, start), d_tokens, d_part)
+    return (jax.tree.map(jnp.add, d_decay, more), d_state, d_tokens), None
+
+  zeros = lambda tree: jax.tree.map(lambda x: vary_alike(jnp.zeros_like(x), d_out)[0], tree)
+  carry = (zeros(decay), d_state, zeros(tokens))
+  xs = (entering, np.arange(0, tokens.q.shape[1], chunk))
+  (d_decay, d_state, d_tokens), _ = jax.lax.scan(step, carry, xs, reverse=True, unroll=_UNROLL)
+  return d_decay, d_state, d_tokens, None
+
+
+_in_turn.defvjp(_in_turn_fwd, _in_turn_bwd)
+
+
+def _put(whole, part, start):
+  return jax.lax.dynamic_update_slice_in_dim(whole, part, start, axis=1)
+
+
 def _fixed_decay(
-  log_decay: Float[Array, "K G"], ends: Int[Array, "#B"] | np.ndarray, num_chunks: int, chunk: int
-) -> tuple[Float[Array, "M #B K G C C"], Float[Array, "M #B K G C"]]:
-  """`inner` and `enter` of chunks whose local positions stop at the last valid token."""
-  counts = (ends - chunk * np.arange(num_chunks)[:, None]).clip(0, chunk)  # M B
-  token = np.minimum if isinstance(counts, np.ndarray) else jnp.minimum
-  token = token(np.arange(chunk), counts[..., None] - 1)[:, :, None, None]  # M B 1 1 C
+  log_decay: Float[Array, "N"], elapsed: Int[Array, "B C"] | np.ndarray
+) -> tuple[Float[Array, "#B N C C"], Float[Array, "#B N C"]]:
+  """`inner` and `enter` of a chunk in which each token is the `elapsed`-th that is no padding."""
+  elapsed = elapsed.reshape(-1, 1, elapsed.shape[-1])  # B 1 C
 
   def power(log_decay, gap):
     # No `-inf * 0` at gap 0: a NaN that a mask hides still poisons the gradient.
     return jnp.where(gap <= 0, 1, jnp.exp(log_decay * jnp.maximum(gap, 1)))
 
-  inner = power(log_decay[..., None, None], token[..., :, None] - token[..., None, :])
-  return inner, power(log_decay[..., None], token + 1)
+  inner = power(log_decay[..., None, None], elapsed[..., :, None] - elapsed[..., None, :])
+  return _causal(inner), power(log_decay[..., None], elapsed)
 
 
 def _token_decay(
-  log_decay: Float[Array, "M B K G C"],
-) -> tuple[Float[Array, "M B K G C C"], Float[Array, "M B K G C"]]:
+  log_decay: Float[Array, "B N C"],
+) -> tuple[Float[Array, "B N C C"], Float[Array, "B N C"]]:
   """`inner` and `enter` from sums over `(j, i]`: a difference of totals loses them to `-inf`."""
   chunk = log_decay.shape[-1]
   later = np.tri(chunk, k=-1, dtype=bool)
   sums = jnp.cumsum(jnp.where(later, log_decay[..., :, None], 0), axis=-2)
-  return jnp.exp(sums), jnp.exp(jnp.cumsum(log_decay, axis=-1))
+  return _causal(jnp.exp(sums)), jnp.exp(jnp.cumsum(log_decay, axis=-1))
+
+
+def _causal(inner: Float[Array, "*B C C"]) -> Float[Array, "*B C C"]:
+  return jnp.where(np.tri(inner.shape[-1], dtype=bool), inner, 0)

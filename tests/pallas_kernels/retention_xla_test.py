@@ -3,6 +3,8 @@
 import pytest
 from retention_suite import DecodeSuite, RetentionSuite
 
+from pallas_kernels.retention import reference
+
 
 class TestChunkwise(RetentionSuite):
   implementation = "xla"
@@ -11,6 +13,14 @@ class TestChunkwise(RetentionSuite):
   def test_any_chunk_size(self, length, chunk):
     self.chunk = chunk
     self.check(self.case(length))
+
+
+class TestChunksAtOnce(TestChunkwise):
+  """The schedule of accelerators."""
+
+  @pytest.fixture(autouse=True)
+  def on_an_accelerator(self, monkeypatch):
+    monkeypatch.setattr(reference, "target_platform", lambda: "gpu")
 
 
 class TestParallel(RetentionSuite):
