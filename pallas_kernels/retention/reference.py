@@ -259,13 +259,15 @@ def _step(decay: _Decay, state: Float[Array, "B N H V"], tokens: _Tokens, marks:
 
 def _at_once(chunk, decay, state, tokens, marks):
   """Chunks side by side; only the states are made one after another."""
-  starts = np.arange(0, tokens.v.shape[1], chunk)
-  cut = lambda start: _cut(tokens, marks, start, chunk)
-  local = jax.vmap(lambda start: _local(decay, *cut(start)))(starts)
+  batch, length, heads = tokens.q.shape[:3]
+  split = lambda x: x.reshape(batch, -1, chunk, *x.shape[2:])
+  with_the_last = np.arange(0, length, chunk)[:, None] + np.arange(chunk + 1)
+  marks = jax.tree.map(lambda x: x[:, with_the_last], marks)
+  local = jax.vmap(_local, (None, 1, 1))(decay, jax.tree.map(split, tokens), marks)
   carry, update, state = vary_alike(local.carry, local.update, state)
   state, entering = jax.lax.scan(lambda s, x: (x[0] * s + x[1], s), state, (carry, update))
   out = jax.vmap(lambda s, x: _join(s, x)[1].astype(tokens.v.dtype), out_axes=1)(entering, local)
-  return state, out
+  return state, out.reshape(batch, length, heads, -1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
