@@ -14,9 +14,9 @@ from typing import Any
 
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Bool, Float, Int, Key, Num, UInt32
+from jaxtyping import Bool, Float, Int, Key, Num, Shaped, UInt32
 
 Params = Mapping[str, Any]
 """A tree of parameters as Linen makes it: nested mappings with arrays at the leaves."""
 
-__all__ = ["Array", "Bool", "DTypeLike", "Float", "Int", "Key", "Num", "Params", "UInt32"]
+__all__ = ["Array", "Bool", "DTypeLike", "Float", "Int", "Key", "Num", "Params", "Shaped", "UInt32"]

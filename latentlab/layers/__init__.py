@@ -1,7 +1,7 @@
 """Linen modules that models are made of, and the caches that pass through them."""
 
 from latentlab.layers.attention import Attention, AttentionConfig
-from latentlab.layers.cache import Cache, DecoderCache, KVCache, RetentionState
+from latentlab.layers.cache import Cache, DecoderCache, KVCache, RetentionState, RingCache
 from latentlab.layers.common import Context, Shared
 from latentlab.layers.decoder import Block, BlockConfig, Decoder, DecoderConfig, MixerConfig, Stage
 from latentlab.layers.embedding import Embedder, VocabHead
@@ -30,6 +30,7 @@ __all__ = [
   "PositionConfig",
   "RetentionConfig",
   "RetentionState",
+  "RingCache",
   "Shared",
   "Stage",
   "VocabHead",

@@ -1,13 +1,13 @@
 """Multi-head softmax attention with shared key/value heads, any mask, and a key/value cache."""
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import linen as nn
 
 from latentlab import ops
-from latentlab.layers.cache import KVCache
+from latentlab.layers.cache import EMPTY, KVCache, RingCache
 from latentlab.layers.common import (
   Context,
   Shared,
@@ -53,7 +53,10 @@ class AttentionConfig:
     return Attention(config=self, shared=shared, name=name)
 
   def init_cache(self, batch_size: int, max_length: int, dtype: DTypeLike) -> KVCache:
-    return KVCache.empty(batch_size, max_length, self.kv_heads, self.head_dim, self.head_dim, dtype)
+    sizes = (batch_size, max_length, self.kv_heads, self.head_dim, self.head_dim, dtype)
+    if self.mask.reach is None:
+      return KVCache.empty(*sizes)
+    return RingCache.empty(*sizes, mask=self.mask)
 
   def flops_per_token(self, embed_dim: int, seq_length: int) -> float:
     """Forward matmul flops; a causal query sees half of the keys on average."""
@@ -94,29 +97,33 @@ class Attention(nn.Module):
     k, v = nn.with_logical_constraint(k, whole), nn.with_logical_constraint(v, whole)
 
     positions = context.positions
-    if cache is None:
-      # Distances are all that a mask asks for, unless it has blocks, which begin with the document.
-      blocks = c.mask.kind == "blockwise_causal" and context.segment_ids is not None
-      positions = None if context.in_place and not blocks else positions
-      keys = dict(kv_positions=positions, kv_segment_ids=context.segment_ids)
-      keys["kv_valid"] = context.valid
+    biases = dict(decay=c.positions.decay(c.head_dim))
+    biases["slopes"] = ops.alibi_slopes(c.num_heads) if c.positions.kind == "alibi" else None
+    if isinstance(cache, RingCache):
+      out, cache = _attend_ring(q, k, v, context, cache, biases)
     else:
-      cache = cache.append(k, v, positions, context.lengths)
-      k, v = cache.k.astype(q.dtype), cache.v.astype(q.dtype)
-      keys = dict(kv_positions=cache.positions, kv_valid=cache.valid)
-    out = ops.attention(
-      q,
-      k,
-      v,
-      mask=c.mask,
-      positions=positions,
-      segment_ids=context.segment_ids,
-      allowed=context.allowed,
-      key_bias=context.key_bias,
-      slopes=ops.alibi_slopes(c.num_heads) if c.positions.kind == "alibi" else None,
-      spec=mesh_spec("act_batch", "act_length", "act_heads", None),
-      **keys,
-    )
+      if cache is None:
+        # Places tell a mask, and the masks of documents' own blocks, all that it asks for.
+        positions = None if context.in_place else positions
+        keys = dict(kv_positions=positions, kv_segment_ids=context.segment_ids)
+        keys["kv_valid"] = context.valid
+      else:
+        cache = cache.append(k, v, positions, context.lengths)
+        k, v = cache.k.astype(q.dtype), cache.v.astype(q.dtype)
+        keys = dict(kv_positions=cache.positions, kv_valid=cache.valid)
+      out = ops.attention(
+        q,
+        k,
+        v,
+        mask=c.mask,
+        positions=positions,
+        segment_ids=context.segment_ids,
+        allowed=context.allowed,
+        key_bias=context.key_bias,
+        spec=mesh_spec("act_batch", "act_length", "act_heads", None),
+        **keys,
+        **biases,
+      )
     if cache is not None:
       # Shapes cannot say that a row is full, and a token dropped in silence would go unnoticed.
       out = jnp.where(cache.overflowed[:, None, None, None], jnp.nan, out)
@@ -124,3 +131,42 @@ class Attention(nn.Module):
       out.astype(self.shared.dtype), ("act_batch", "act_length", "act_heads", None)
     )
     return output_projection(self.shared)(out), cache
+
+
+def _attend_ring(
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B T K H"],
+  v: Float[Array, "B T K H"],
+  context: Context,
+  cache: RingCache,
+  biases: dict[str, Any],
+) -> tuple[Float[Array, "B T N H"], RingCache]:
+  """Attention over the tokens of this pass and those that the cache holds, and the cache after.
+
+  Raises:
+    ValueError: the context names keys by their slots, which others take over.
+  """
+  for name in ("allowed", "key_bias"):
+    if getattr(context, name) is not None:
+      raise ValueError(
+        f"slots of a cache under {cache.mask} are used again, so that {name} names no key; "
+        "decode with mask='causal'"
+      )
+  positions, after = context.positions, cache.append(k, v, context.positions, context.lengths)
+  attend, keys = ops.attention, (after.k, after.v, after.positions)
+  if q.shape[1] > 1:
+    # Early tokens of a pass see keys whose slots its later ones take.
+    own = positions if context.valid is None else jnp.where(context.valid, positions, EMPTY)
+    keys = [jnp.concatenate(x, axis=1) for x in zip(cache.unrolled(), (k, v, own), strict=True)]
+    attend = ops.windowed_attention
+  k, v, where = keys
+  return attend(
+    q,
+    k.astype(q.dtype),
+    v.astype(q.dtype),
+    mask=cache.mask,
+    positions=positions,
+    kv_positions=where,
+    kv_valid=where != EMPTY,
+    **biases,
+  ), after

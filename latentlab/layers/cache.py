@@ -7,12 +7,13 @@ state costs up to 4 % after 2,048 tokens.
 """
 
 import dataclasses
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
+from latentlab import ops
 from latentlab.typing import Array, DTypeLike, Float, Int
 
 C = TypeVar("C", bound="Cache")
@@ -81,13 +82,15 @@ class KVCache(Cache):
     head_dim: int,
     value_head_dim: int,
     dtype: DTypeLike,
+    **fields: Any,
   ) -> "KVCache":
-    """A cache of `max_length` slots and no token."""
+    """A cache of `max_length` slots and no token; `fields` are a subclass's own."""
     return cls(
       k=jnp.zeros((batch_size, max_length, num_kv_heads, head_dim), dtype),
       v=jnp.zeros((batch_size, max_length, num_kv_heads, value_head_dim), dtype),
       positions=jnp.full((batch_size, max_length), EMPTY, jnp.int32),
       lengths=jnp.zeros((batch_size,), jnp.int32),
+      **fields,
     )
 
   @property
@@ -110,18 +113,21 @@ class KVCache(Cache):
     """Writes the first `lengths` (all if `None`) of `T` tokens behind each row's last one."""
     batch_size, num_tokens = positions.shape
     rows = jnp.arange(batch_size)[:, None]
-    slots = self.lengths[:, None] + jnp.arange(num_tokens)
     if lengths is None:
       lengths = jnp.full((batch_size,), num_tokens, jnp.int32)
-    # A padded token is sent past the end, where mode="drop" loses it.
-    slots = jnp.where(jnp.arange(num_tokens) < lengths[:, None], slots, self.positions.shape[1])
+    slots = self._slots(jnp.arange(num_tokens), lengths[:, None])
     write = lambda old, new: old.at[rows, slots].set(new.astype(old.dtype), mode="drop")
-    return KVCache(
+    return dataclasses.replace(
+      self,
       k=write(self.k, k),
       v=write(self.v, v),
       positions=write(self.positions, positions),
       lengths=self.lengths + lengths,
     )
+
+  def _slots(self, tokens: Int[Array, " T"], lengths: Int[Array, "B 1"]) -> Int[Array, "B T"]:
+    """Where the tokens of a pass go: a padded one past the end, where mode="drop" loses it."""
+    return jnp.where(tokens < lengths, self.lengths[:, None] + tokens, self.positions.shape[1])
 
   def grow(self, max_length: int) -> "KVCache":
     """Adds empty slots up to `max_length`.
@@ -143,6 +149,76 @@ class KVCache(Cache):
     return dataclasses.replace(
       self, k=pad(self.k), v=pad(self.v), positions=pad(self.positions, EMPTY)
     )
+
+
+@struct.dataclass
+class RingCache(KVCache):
+  """Keys and values under a mask with an end, in no more slots than positions that it reaches.
+
+  The `n`-th token of a row is at slot `n` modulo the slots, in the place of one that no query will
+  see again: under blocks the older of the two is dropped just before the cache would hold a token
+  more than both (section 3.3 of xPos, https://arxiv.org/abs/2212.10554), under a window the oldest
+  token is. Positions ascend along a row.
+
+  Attributes:
+    mask: Tells which keys are still seen.
+  """
+
+  mask: ops.Mask = struct.field(pytree_node=False)
+
+  @classmethod
+  def empty(cls, batch_size: int, max_length: int, *sizes: Any, mask: ops.Mask) -> "RingCache":
+    """A cache without a token, of `max_length` slots where the mask reaches that far.
+
+    Raises:
+      ValueError: the mask has no end.
+    """
+    if mask.reach is None:
+      raise ValueError(f"{mask} reaches every key: hold them in a KVCache")
+    return super().empty(batch_size, min(max_length, mask.reach), *sizes, mask=mask)
+
+  @property
+  def overflowed(self):
+    """Rows that were given more tokens than there are slots, though the mask reaches further."""
+    slots = self.positions.shape[-1]
+    return (self.lengths > slots) & (slots < self.mask.reach)
+
+  def append(
+    self,
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K V"],
+    positions: Int[Array, "B T"],
+    lengths: Int[Array, " B"] | None = None,
+  ) -> "RingCache":
+    """As `KVCache.append`; what no query will see again is dropped."""
+    new = super().append(k, v, positions, lengths)
+    newest = jnp.max(jnp.where(new.valid, new.positions, -1), axis=1)
+    seen = self.mask(newest[:, None, None], new.positions[:, None])[:, 0]
+    return dataclasses.replace(new, positions=jnp.where(seen, new.positions, EMPTY))
+
+  def _slots(self, tokens: Int[Array, " T"], lengths: Int[Array, "B 1"]) -> Int[Array, "B T"]:
+    num_slots = self.positions.shape[1]
+    kept = (tokens < lengths) & (tokens >= lengths - num_slots)  # No slot is written twice.
+    return jnp.where(kept, (self.lengths[:, None] + tokens) % num_slots, num_slots)
+
+  def unrolled(
+    self,
+  ) -> tuple[Float[Array, "B R K H"], Float[Array, "B R K V"], Int[Array, "B R"]]:
+    """Keys, values and positions, oldest first, behind empty slots up to the mask's reach `R`."""
+    num_slots = self.positions.shape[1]
+    order = (self.lengths[:, None] + jnp.arange(num_slots)) % num_slots
+    missing = self.mask.reach - num_slots
+
+    def unroll(x, fill):
+      x = jnp.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 2)), axis=1)
+      return jnp.pad(x, [(0, 0), (missing, 0)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
+
+    return unroll(self.k, 0), unroll(self.v, 0), unroll(self.positions, EMPTY)
+
+  def grow(self, max_length: int) -> "RingCache":
+    """As `KVCache.grow`, up to the mask's reach; a cache of that size has room without end."""
+    reach = self.mask.reach
+    return self if self.positions.shape[-1] == reach else super().grow(min(max_length, reach))
 
 
 @struct.dataclass

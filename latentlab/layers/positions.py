@@ -4,6 +4,9 @@ Schemes that act on embeddings (`sinusoidal`, `learned`) live in `layers.embeddi
 """
 
 import dataclasses
+from typing import Literal
+
+import numpy as np
 
 from latentlab import ops
 from latentlab.typing import Array, Float, Int
@@ -34,46 +37,53 @@ class PositionConfig:
 
   Attributes:
     kind: One of `MIXER_SCHEMES`.
-    base: Wave length base of the rotation.
+    base: Wave length base of the rotation; xPos with `None` decays without one.
     grid: `rope` (end point excluded) or `linspace` (included, as RetNet's release has it).
     layout: Which features form a pair: `interleaved` (2i, 2i+1) or `half` (i, i + H/2).
     gamma: xPos: offset of the decay's exponent base.
     scale_base: xPos: tokens over which the base is applied once; half the training length.
-    center: xPos: position at which queries and keys are not scaled. It must not move while rotated
-      keys are cached.
+    center: xPos: `tile` scales queries and keys where scores are computed, about the middle of a
+      tile of queries, and overflows at no length. A number is the position about which they are
+      scaled at once, as the paper does; float16 then bears `17.7 scale_base` tokens around it,
+      others 141.6.
   """
 
   kind: str = "rope"
-  base: float = 10_000.0
+  base: float | None = 10_000.0
   grid: str = "rope"
   layout: str = "interleaved"
   gamma: float = 0.4
   scale_base: float = 512.0
-  center: int = 0
+  center: int | Literal["tile"] = "tile"
 
   def __post_init__(self):
     if self.kind not in MIXER_SCHEMES:
       raise ValueError(f"unknown position scheme {self.kind!r}; choose one of {MIXER_SCHEMES}")
     if self.grid not in GRIDS or self.layout not in LAYOUTS:
       raise ValueError(f"{self.grid=} must be one of {GRIDS}, and {self.layout=} of {LAYOUTS}")
+    if self.base is None and self.kind != "xpos":
+      raise ValueError(f"base=None rotates nothing, which only xpos outlives, not {self.kind!r}")
+    if self.center != "tile" and not isinstance(self.center, int):
+      raise ValueError(f"center={self.center!r} of xpos must be 'tile' or a position")
+
+  def decay(self, head_dim: int) -> Float[np.ndarray, "H"] | None:
+    """What `ops.attention` has to know of the scheme; `None` if `rotate` does all of it."""
+    if self.kind != "xpos" or self.center != "tile":
+      return None
+    options = dict(gamma=self.gamma, scale_base=self.scale_base, layout=self.layout)
+    return ops.xpos_decay(head_dim, **options)
 
   def rotate(
     self, q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], positions: Int[Array, "#B T"]
   ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"]]:
-    """Queries and keys with their positions in them; unchanged by `none` and `alibi`."""
-    if self.kind == "rope":
-      options = dict(base=self.base, grid=self.grid, layout=self.layout)
-      return tuple(ops.apply_rope(x, positions, **options) for x in (q, k))
-    if self.kind == "xpos":
-      options = dict(
-        base=self.base,
-        layout=self.layout,
-        gamma=self.gamma,
-        scale_base=self.scale_base,
-        center=self.center,
-      )
+    """Queries and keys with their positions in them, `decay` aside; not for `none` and `alibi`."""
+    rotation = dict(base=self.base, grid=self.grid, layout=self.layout)
+    if self.kind == "xpos" and self.center != "tile":
+      options = rotation | dict(gamma=self.gamma, scale_base=self.scale_base, center=self.center)
       return (
         ops.apply_xpos(q, positions, role="query", **options),
         ops.apply_xpos(k, positions, role="key", **options),
       )
+    if self.kind in ("rope", "xpos") and self.base is not None:
+      return tuple(ops.apply_rope(x, positions, **rotation) for x in (q, k))
     return q, k

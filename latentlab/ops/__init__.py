@@ -1,6 +1,13 @@
 """Pure functions of arrays: no parameters, no Flax, no files."""
 
-from latentlab.ops.attention import Mask, attention, flash_attention, segment_bias, tree_mask
+from latentlab.ops.attention import (
+  Mask,
+  attention,
+  flash_attention,
+  segment_bias,
+  tree_mask,
+  windowed_attention,
+)
 from latentlab.ops.diff_attention import diff_attention, diff_attention_decode
 from latentlab.ops.losses import cross_entropy
 from latentlab.ops.positions import (
@@ -10,6 +17,8 @@ from latentlab.ops.positions import (
   document_positions,
   rope_frequencies,
   sinusoidal,
+  xpos_curve,
+  xpos_decay,
 )
 from latentlab.ops.retention import decay_scale, log_decay_rates, retention, retention_decode
 
@@ -32,4 +41,7 @@ __all__ = [
   "segment_bias",
   "sinusoidal",
   "tree_mask",
+  "windowed_attention",
+  "xpos_curve",
+  "xpos_decay",
 ]

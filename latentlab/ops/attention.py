@@ -1,27 +1,32 @@
 """Dot-product attention with structured masks, biases and shared key heads.
 
-The blockwise causal mask is section 3.3 of xPos (https://arxiv.org/abs/2212.10554); the linear bias
-is ALiBi's (https://arxiv.org/abs/2108.12409).
+The blockwise causal mask is section 3.3 of xPos (https://arxiv.org/abs/2212.10554), and `decay` is
+its scale (section 2.2); the linear bias is ALiBi's (https://arxiv.org/abs/2108.12409).
+
+xPos multiplies a score's terms by `zeta^(n - m)`, as a scale of the query and one of the key. About
+one center for all positions these overflow some way off. Here a tile of queries has a center of its
+own, to which all keys are scaled anew: keys that the tile sees lie behind it, where their scales
+fall, so that no length overflows, and keys in a cache are merely rotated and stay valid.
 """
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from latentlab.ops.mesh import axes_size, axes_to_map, check_sizes, map_parts
-from latentlab.typing import Array, Bool, Float, Int
+from latentlab.ops.positions import document_positions
+from latentlab.typing import Array, Bool, DTypeLike, Float, Int, Shaped
 from pallas_kernels.flash_attention import Implementation
 from pallas_kernels.flash_attention import flash_attention as kernel
+from pallas_kernels.visibility import HIDDEN
 
-# Finite, since a row of -inf would turn to NaN, and its gradient with it. A hidden key lies so far
-# below the lowest score that a bias can make that it gets no weight beside any visible one.
-_HIDDEN = float(jnp.finfo(jnp.float32).min)
-_LOWEST_BIAS = -1e30
+_LOWEST_BIAS = -1e30  # So far above HIDDEN that a hidden key gets no weight beside any visible one.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +52,11 @@ class Mask:
       raise ValueError(f"size={self.size} of a {self.kind} mask must be at least 1.")
     if not sized and self.size is not None:
       raise ValueError(f"size={self.size} means nothing to a {self.kind} mask; leave it None.")
+
+  @property
+  def reach(self) -> int | None:
+    """How many of the last positions a query sees at most, its own among them; `None` if all."""
+    return 2 * self.size if self.kind == "blockwise_causal" else self.size
 
   def __call__(self, q: Int[Array, "#B T 1"], k: Int[Array, "#B 1 S"]) -> Bool[Array, "#B T S"]:
     """True where the query at position `q` sees the key at position `k`."""
@@ -74,6 +84,7 @@ def attention(
   allowed: Bool[Array, "#B T S"] | None = None,
   key_bias: Float[Array, "#B S"] | None = None,
   slopes: Float[Array, "N"] | None = None,
+  decay: Float[np.ndarray, "H"] | None = None,
   return_lse: bool = False,
   spec: PartitionSpec | None = None,
 ) -> Float[Array, "B T N V"] | tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
@@ -81,14 +92,16 @@ def attention(
 
   A key is seen if every condition given allows it. A query that sees none gets zeros. Where
   positions are places, and documents alone hide what the mask does not, this is `flash_attention`,
-  which computes the visible blocks; elsewhere all scores are held at once.
+  which computes the visible blocks; blocks of a blockwise causal mask are then a batch of their own
+  (see `windowed_attention`). Elsewhere all scores are held at once.
 
   Args:
     q: Queries. Nothing is scaled in here.
     k: Keys; `N` is a multiple of their `K` heads, which query heads share in consecutive groups.
     v: Values.
     mask: Structured mask over positions.
-    positions: Of the queries; their places `0 ... T - 1` if `None`.
+    positions: Of the queries; their places `0 ... T - 1` if `None`. Blocks of a mask begin with
+      position 0, and without positions with each document.
     kv_positions: Of the keys, whatever their place in a cache; `0 ... S - 1` if `None`.
     segment_ids: Documents of the queries, which see their own keys alone.
     kv_segment_ids: Documents of the keys; those of the queries if `None`.
@@ -96,8 +109,13 @@ def attention(
     allowed: Arbitrary mask, such as `tree_mask`.
     key_bias: Added to the scores of a key, such as `segment_bias`; `-inf` hides it.
     slopes: ALiBi's, subtracting `slope * (query position - key position)`.
+    decay: xPos's (`xpos_decay`), for queries and keys that are rotated and not scaled: feature `h`
+      of a score gets the factor `exp(decay[h] * (query position - key position))`.
     return_lse: Also return the log-sum-exp of each row, float32 and `-inf` where no key is seen.
     spec: Layout of a `B T N H` array over the ambient mesh, for `flash_attention` to follow.
+
+  Raises:
+    ValueError: Shapes or options disagree, or a decay would grow ahead of a query.
   """
   (batch, length, heads, head_dim), (kv_length, kv_heads) = q.shape, k.shape[1:3]
   if heads % kv_heads or v.shape[:3] != k.shape[:3]:
@@ -108,21 +126,30 @@ def attention(
     if kv_length != length:
       raise ValueError(f"Give kv_segment_ids where {k.shape=} is not as long as {q.shape=}.")
     kv_segment_ids = segment_ids
+  if decay is not None and mask.kind == "full":
+    raise ValueError(
+      "xPos's decay grows for keys behind a query's position, which a full mask shows; choose a "
+      f"causal mask, not {mask.kind=}."
+    )
+  documents = dict(segment_ids=segment_ids, kv_segment_ids=kv_segment_ids)
+  rest = dict(decay=decay, return_lse=return_lse, spec=spec)
   elsewhere = (positions, kv_positions, kv_valid, allowed, key_bias, slopes)
   if mask.kind != "blockwise_causal" and all(x is None for x in elsewhere):
-    documents = dict(segment_ids=segment_ids, kv_segment_ids=kv_segment_ids)
-    return flash_attention(
-      q,
-      k,
-      v,
-      causal=mask.kind != "full",
-      window=mask.size,
-      **documents,
-      return_lse=return_lse,
-      spec=spec,
-    )
+    return _flash(q, k, v, causal=mask.kind != "full", window=mask.size, **documents, **rest)
+  in_place = positions is None and kv_positions is None and allowed is None
+  if mask.kind == "blockwise_causal" and in_place and kv_segment_ids is segment_ids:
+    rest |= dict(segment_ids=segment_ids, kv_valid=kv_valid, key_bias=key_bias, slopes=slopes)
+    return _in_blocks(q, k, v, mask, **rest)
   positions = jnp.arange(length)[None] if positions is None else positions
   kv_positions = jnp.arange(kv_length)[None] if kv_positions is None else kv_positions
+  if decay is not None:
+    tile = _tile(decay, q.dtype)
+    if length > tile:
+      rows = dict(q=q, positions=positions, segment_ids=segment_ids, allowed=allowed)
+      keys = dict(kv_positions=kv_positions, kv_segment_ids=kv_segment_ids, kv_valid=kv_valid)
+      keys |= dict(k=k, v=v, mask=mask, key_bias=key_bias, slopes=slopes)
+      return _by_tiles(lambda start, rows: attention(**rows, **keys, **rest), rows, tile)
+    q, k = _scale(q, k, positions, kv_positions, decay)
   distance = positions[:, :, None] - kv_positions[:, None, :]
 
   visible = mask(positions[:, :, None], kv_positions[:, None, :])  # B T S
@@ -146,7 +173,7 @@ def attention(
   if slopes is not None:
     slopes = slopes.reshape(1, kv_heads, -1, 1, 1).astype(dtype)
     scores -= slopes * distance[:, None, None].astype(dtype)
-  scores = jnp.where(visible, scores, _HIDDEN)
+  scores = jnp.where(visible, scores, HIDDEN)
   weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
   out = jnp.einsum("BKGTS,BKSV->BKGTV", weights, v, preferred_element_type=dtype)
   seen = visible.any(axis=-1, keepdims=True)
@@ -156,6 +183,196 @@ def attention(
     return out
   lse = jnp.where(seen[..., 0], jax.nn.logsumexp(scores, axis=-1), -jnp.inf)
   return out, lse.reshape(batch, heads, length).swapaxes(1, 2)
+
+
+def windowed_attention(
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B S K H"],
+  v: Float[Array, "B S K V"],
+  *,
+  mask: Mask,
+  positions: Int[Array, "B T"],
+  kv_positions: Int[Array, "B S"],
+  kv_valid: Bool[Array, "B S"],
+  slopes: Float[Array, "N"] | None = None,
+  decay: Float[np.ndarray, "H"] | None = None,
+) -> Float[Array, "B T N V"]:
+  """`attention` where a mask has an end, in `T * 2 reach` scores at most and not `T * S`.
+
+  Every block of `mask.size` queries is a row of a larger batch, beside those keys that it reaches.
+
+  Args:
+    q: Queries.
+    k: Keys: `mask.reach` older ones, invalid where there are not as many, then the queries' own.
+    v: Values.
+    mask: A sliding window, or blocks that begin at any position.
+    positions: Of the queries; they ascend, as do those of valid keys.
+    kv_positions: Of the keys.
+    kv_valid: False where there is no key.
+    slopes: See `attention`.
+    decay: See there.
+
+  Raises:
+    ValueError: The mask has no end, or older keys are not as many as it reaches.
+  """
+  length, reach = q.shape[1], mask.reach
+  if reach is None or k.shape[1] != length + reach:
+    raise ValueError(f"{k.shape=} must have {mask}'s reach of {reach} keys more than {q.shape=}.")
+  keys = dict(k=k, v=v, kv_positions=kv_positions, kv_valid=kv_valid)
+  options = dict(mask=mask, slopes=slopes, decay=decay)
+  if length <= mask.size:
+    return attention(q, positions=positions, **keys, **options)
+  # Padding that stays beside its block, about whose middle a decay's scales are.
+  positions = jnp.pad(positions, ((0, 0), (0, -length % mask.size)), mode="edge")
+  batch, (q, positions) = len(q), (_blocks(x, mask.size) for x in (q, positions))
+  keys = {name: _windows(x, mask.size, reach) for name, x in keys.items()}
+  return _in_rows(attention(q, positions=positions, **keys, **options), batch, length)
+
+
+def _in_blocks(
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B T K H"],
+  v: Float[Array, "B T K V"],
+  mask: Mask,
+  *,
+  segment_ids: Int[Array, "B T"] | None,
+  kv_valid: Bool[Array, "B T"] | None,
+  key_bias: Float[Array, "#B T"] | None,
+  slopes: Float[Array, "N"] | None,
+  spec: PartitionSpec | None,
+  **options: Any,
+):
+  """Blockwise causal attention in place: blocks of queries as a batch, each beside two of keys.
+
+  With documents it is beside three, for their blocks begin anywhere in a row.
+  """
+  (batch, length), size, causal = q.shape[:2], mask.size, Mask("causal")
+  if length <= 2 * size:  # No query is further than a block from the first key.
+    biases = dict(kv_valid=kv_valid, key_bias=key_bias, slopes=slopes)
+    return attention(q, k, v, mask=causal, segment_ids=segment_ids, spec=spec, **biases, **options)
+  reach = size if segment_ids is None else 2 * size
+
+  def windows(x):
+    return _windows(jnp.pad(x, [(0, 0), (reach, 0)] + [(0, 0)] * (x.ndim - 2)), size, reach)
+
+  valid = jnp.ones((batch, length), bool) if kv_valid is None else kv_valid
+  q, k, v, valid = _blocks(q, size), windows(k), windows(v), windows(valid)
+  if segment_ids is None and key_bias is None and slopes is None:
+    # A window is one document, and what pads it another.
+    ids = dict(segment_ids=jnp.ones(q.shape[:2], jnp.int32), kv_segment_ids=valid.astype(jnp.int32))
+    if spec is not None:  # Rows come before blocks in the batch: a sharded length is gathered.
+      spec = PartitionSpec(spec[0], None, *spec[2:])
+    out = _flash(q, k, v, offset=reach, **ids, spec=spec, **options)
+  else:
+    places = jnp.arange(reach + size)[None]
+    keys = dict(kv_positions=places, kv_valid=valid)
+    if key_bias is not None:
+      keys["key_bias"] = windows(jnp.broadcast_to(key_bias, (batch, length)))
+    if segment_ids is not None:
+      keys |= dict(segment_ids=_blocks(segment_ids, size), kv_segment_ids=windows(segment_ids))
+      inside = document_positions(segment_ids)
+      keys["allowed"] = mask(_blocks(inside, size)[..., None], windows(inside)[:, None])
+    out = attention(
+      q, k, v, mask=causal, positions=places[:, reach:], slopes=slopes, **keys, **options
+    )
+  return jax.tree.map(lambda x: _in_rows(x, batch, length), out)
+
+
+def _blocks(x: Shaped[Array, "B T ..."], size: int) -> Shaped[Array, "blocks {size} ..."]:
+  """A row's blocks as rows of their own; the last one is padded."""
+  padded = jnp.pad(x, [(0, 0), (0, -x.shape[1] % size)] + [(0, 0)] * (x.ndim - 2))
+  return padded.reshape(-1, size, *x.shape[2:])
+
+
+def _windows(
+  x: Shaped[Array, "B S ..."], size: int, reach: int
+) -> Shaped[Array, "blocks window ..."]:
+  """Beside each block of a row's `S - reach` last tokens, the `reach` tokens before it."""
+  blocks = _blocks(x, size).reshape(len(x), -1, size, *x.shape[2:])
+  count = blocks.shape[1] - reach // size
+  parts = [blocks[:, i : i + count] for i in range(reach // size + 1)]
+  return jnp.concatenate(parts, axis=2).reshape(-1, reach + size, *x.shape[2:])
+
+
+def _in_rows(
+  x: Shaped[Array, "blocks size ..."], batch: int, length: int
+) -> Shaped[Array, "B T ..."]:
+  """Undoes `_blocks`."""
+  return x.reshape(batch, -1, *x.shape[2:])[:, :length]
+
+
+def _flash(
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B S K H"],
+  v: Float[Array, "B S K V"],
+  *,
+  causal: bool = True,
+  window: int | None = None,
+  offset: int = 0,
+  segment_ids: Int[Array, "B T"] | None,
+  kv_segment_ids: Int[Array, "B S"] | None,
+  decay: Float[np.ndarray, "H"] | None,
+  return_lse: bool,
+  spec: PartitionSpec | None,
+):
+  """`flash_attention` with a decay: one call for every tile of queries, mostly one."""
+  options = dict(causal=causal, window=window, return_lse=return_lse, spec=spec)
+  if decay is None:
+    documents = dict(segment_ids=segment_ids, kv_segment_ids=kv_segment_ids)
+    return flash_attention(q, k, v, q_offset=offset, **documents, **options)
+
+  def attend(start, rows):
+    start += offset
+    stop = start + rows["q"].shape[1]
+    first = 0 if window is None else max(start - window + 1, 0)
+    first = min(first, k.shape[1] - 1)
+    seen = lambda x: x if x is None else x[:, first : max(stop, first + 1)]
+    places = jnp.arange(start, stop)[None], jnp.arange(first, first + seen(k).shape[1])[None]
+    q, keys = _scale(rows.pop("q"), seen(k), *places, decay)
+    rows["kv_segment_ids"] = seen(kv_segment_ids)
+    return flash_attention(q, keys, seen(v), q_offset=start - first, **rows, **options)
+
+  return _by_tiles(attend, dict(q=q, segment_ids=segment_ids), _tile(decay, q.dtype))
+
+
+def _scale(
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B S K H"],
+  positions: Int[Array, "#B T"],
+  kv_positions: Int[Array, "#B S"],
+  decay: Float[np.ndarray, "H"],
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"]]:
+  """xPos's scales about the middle of the queries, which span `_tile` positions at most.
+
+  More would overflow to NaN. Keys behind the last query, which no query sees, are scaled as if they
+  were beside it, and so are empty slots.
+  """
+  first, last = (f(positions, axis=1, keepdims=True) for f in (jnp.min, jnp.max))
+  center = first + (last - first) // 2
+  rates = jnp.asarray(decay, jnp.promote_types(q.dtype, jnp.float32))
+  scale = lambda x, distance: (x * jnp.exp(distance[..., None, None] * rates)).astype(x.dtype)
+  return scale(q, positions - center), scale(k, center - jnp.minimum(kv_positions, last))
+
+
+def _tile(decay: Float[np.ndarray, "H"], dtype: DTypeLike) -> int:
+  """Positions that a tile of queries may span.
+
+  A scale, and a query's times a key's, which gradients meet too, stay far within the dtype: on
+  either side of the center the exponent goes to 0.36 of the largest (32 in float32, 4 in float16).
+  """
+  steepest = float(-np.min(decay))
+  limit = 2 * 0.36 * math.log(jnp.finfo(dtype).max)
+  return max(int(min(limit / steepest, 2.0**30)), 1) if steepest > 0 else 2**30
+
+
+def _by_tiles(attend: Callable, rows: dict[str, Array | None], tile: int):
+  """Calls `attend(start, rows)` for every `tile` queries; concatenates what it returns."""
+  length = rows["q"].shape[1]
+  results = []
+  for start in range(0, length, tile):
+    part = {name: x if x is None else x[:, start : start + tile] for name, x in rows.items()}
+    results.append(attend(start, part))
+  return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *results)
 
 
 def flash_attention(

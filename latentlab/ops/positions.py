@@ -61,6 +61,7 @@ def apply_xpos(
   *,
   role: Literal["query", "key"],
   base: float | None = 10000.0,
+  grid: Grid = "rope",
   layout: Layout = "interleaved",
   gamma: float = 0.4,
   scale_base: float = 512,
@@ -69,27 +70,79 @@ def apply_xpos(
   """Rotates as RoPE does, and scales so that the score of a pair decays with its distance.
 
   Scores depend on position differences alone, so a center common to queries and keys is exact; it
-  keeps the scales within range. It must not move while rotated keys are cached.
+  keeps the scales within range, for a while: the largest is `((1 + gamma) / gamma) ** (distance to
+  the center / scale_base)`. It must not move while scaled keys are cached. Without a limit, rotate
+  by `apply_rope` and give `xpos_decay` to `ops.attention`.
 
   Args:
     x: Queries or keys.
     positions: Position of each token.
     role: A query is multiplied by the scale, a key divided by it.
     base: See `rope_frequencies`; `None` rotates nothing (table 4's decay without rotation).
+    grid: See `rope_frequencies`.
     layout: See `apply_rope`.
-    gamma: Flattens the decay's dependence on frequency (eq. 9).
-    scale_base: Tokens per unit of decay; infinite for RoPE.
+    gamma: See `xpos_decay`.
+    scale_base: See `xpos_decay`.
     center: Position of scale one; an array moves it along, tile by tile.
   """
   if role not in ("query", "key"):
     raise ValueError(f"{role=} must be 'query' or 'key'.")
   half = x.shape[-1] // 2
-  frequencies = np.zeros(half) if base is None else rope_frequencies(x.shape[-1], base)
+  frequencies = np.zeros(half) if base is None else rope_frequencies(x.shape[-1], base, grid)
   angles = _angles(positions, frequencies, x.dtype)
-  rate = np.log((np.arange(half) / half + gamma) / (1 + gamma)) / scale_base
-  exponent = (positions - center)[..., None] * jnp.asarray(rate, angles.dtype)
+  rates = jnp.asarray(_xpos_rates(half, gamma, scale_base), angles.dtype)
+  exponent = (positions - center)[..., None] * rates
   scale = jnp.exp(exponent if role == "query" else -exponent)
   return _rotate(x, jnp.cos(angles) * scale, jnp.sin(angles) * scale, layout)
+
+
+def xpos_decay(
+  head_dim: int, *, gamma: float = 0.4, scale_base: float = 512, layout: Layout = "interleaved"
+) -> Float[np.ndarray, "H"]:
+  """Log of what a token of distance leaves of each feature's share in a score, in float64.
+
+  Args:
+    head_dim: Features per head, even.
+    gamma: Flattens the decay's dependence on frequency (eq. 9); the release has 0.4.
+    scale_base: Tokens per unit of decay; infinite for RoPE. Half the training length.
+    layout: See `apply_rope`.
+
+  Raises:
+    ValueError: `head_dim` is odd, or `scale_base` or `gamma` is not positive.
+  """
+  if head_dim % 2:
+    raise ValueError(f"Features decay in pairs; {head_dim=} must be even.")
+  rates = _xpos_rates(head_dim // 2, gamma, scale_base)
+  return np.repeat(rates, 2) if layout == "interleaved" else np.tile(rates, 2)
+
+
+def xpos_curve(
+  length: int,
+  head_dim: int,
+  *,
+  base: float = 10000.0,
+  gamma: float = 0.4,
+  scale_base: float = 512,
+) -> Float[np.ndarray, "length"]:
+  """`g(n)`, the expected score at distance `n` (eq. 8, figure 1), in float64.
+
+  Args:
+    length: Distances, from 0 on.
+    head_dim: Features per head, even.
+    base: See `rope_frequencies`.
+    gamma: See `xpos_decay`.
+    scale_base: See `xpos_decay`; infinite for RoPE's curve.
+  """
+  distance = np.arange(length)[:, None]
+  decay = np.exp(distance * _xpos_rates(head_dim // 2, gamma, scale_base))
+  return (np.cos(distance * rope_frequencies(head_dim, base)) * decay).sum(1)
+
+
+def _xpos_rates(pairs: int, gamma: float, scale_base: float) -> np.ndarray:
+  """`log(zeta) / scale_base` of each pair; the fastest rotation decays most."""
+  if not (gamma > 0 and scale_base > 0):
+    raise ValueError(f"{gamma=} and {scale_base=} of xPos must be positive.")
+  return np.log((np.arange(pairs) / pairs + gamma) / (1 + gamma)) / scale_base
 
 
 def document_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
