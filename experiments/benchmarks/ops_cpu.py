@@ -4,11 +4,13 @@
 
 Each case is an op of ours and a peer on the same float32 inputs, forward or with every gradient.
 Outputs and gradients must agree before anything is timed; retention's after the head norm, which
-cancels the rows' scales that torchscale puts in. As in `train.py`, whose flags these are but for
-the output's: a process for each, which take turns, and the best round counts.
+cancels the rows' scales that torchscale puts in. Both may choose among chunk sizes. As in `train.py`,
+whose flags these are but for the output's: a process for each, which take turns, and the best round
+counts.
 """
 
 import abc
+import contextlib
 import json
 import os
 import pathlib
@@ -30,6 +32,7 @@ _OUTPUT = flags.DEFINE_string(
 _CASES = flags.DEFINE_list("ops_cases", None, "Cases to time, by prefix; all by default.")
 
 TOLERANCE = 1e-4  # Relative, of the norm.
+TURN_SECONDS = 0.3  # At least, and three calls after an untimed one.
 NORM_EPS = 0.0  # Under the head norm's root.
 
 
@@ -64,21 +67,24 @@ class Case(abc.ABC):
     return [np.asarray(x) for x in self.compute()]
 
   def time(self) -> tuple[float, float]:
-    """Seconds by the clock and of all cores' time, of a call after another."""
+    """Seconds by the clock and of all cores' time of a call, on average over a turn."""
     self.compute()
-    clock, cpu = time.perf_counter(), time.process_time()
-    self.compute()
-    return time.perf_counter() - clock, time.process_time() - cpu
+    calls, clock, cpu = 0, time.perf_counter(), time.process_time()
+    while calls < 3 or time.perf_counter() - clock < TURN_SECONDS:
+      self.compute()
+      calls += 1
+    return (time.perf_counter() - clock) / calls, (time.process_time() - cpu) / calls
 
 
 class Ours(Case):
   """By jax."""
 
-  def __init__(self, shape, backward):
+  def __init__(self, shape, backward, *options):
     import jax
     import jax.numpy as jnp
 
     super().__init__(shape, backward)
+    self.options = options
     args = [jnp.asarray(x) for x in self.inputs.values()]
     function = lambda *args: (self.op(*args),)
     if backward:
@@ -100,7 +106,11 @@ class OurRetention(Ours):
     from latentlab.ops import log_decay_rates
     from pallas_kernels import retention
 
-    out, _ = retention(q, k, v, log_decay_rates(self.shape.num_heads), implementation="xla")
+    out, _ = retention(
+      *(q, k, v, log_decay_rates(self.shape.num_heads)),
+      chunk_size=self.options[0],
+      implementation="xla",
+    )
     return out / jnp.sqrt(jnp.mean(out**2, axis=-1, keepdims=True) + NORM_EPS)
 
 
@@ -201,17 +211,28 @@ class TorchDiffAttention(Peer):
 
 _RETENTION = specs.Attention(4, 2048, 4, 64, 128)
 _DIFF_ATTENTION = specs.Attention(4, 512, 3, 64, 128)
-# By case: shape, ours, the peer, the options that it may choose among, and the gate.
-CASES: dict[str, tuple[specs.Attention, type[Case], type[Case], Sequence[Any], float | None]] = {
-  "retention/chunkwise": (_RETENTION, OurRetention, TorchscaleRetention, CHUNK_SIZES, 1.8),
-  "retention/chunkwise_backward": (_RETENTION, OurRetention, TorchscaleRetention, CHUNK_SIZES, 1.3),
-  "retention/parallel_backward": (_RETENTION, OurRetention, TorchscaleRetention, (None,), 10),
-  "diff_attention/sdpa": (_DIFF_ATTENTION, OurDiffAttention, TorchDiffAttention, (True,), None),
+# By case: shape, ours and the options that it may choose among, the peer and its own, and the gate.
+CASES: dict[
+  str,
+  tuple[specs.Attention, type[Case], Sequence[Any], type[Case], Sequence[Any], float | None],
+] = {
+  "retention/chunkwise": (
+    *(_RETENTION, OurRetention, CHUNK_SIZES, TorchscaleRetention, CHUNK_SIZES, 1.8),
+  ),
+  "retention/chunkwise_backward": (
+    *(_RETENTION, OurRetention, CHUNK_SIZES, TorchscaleRetention, CHUNK_SIZES, 1.3),
+  ),
+  "retention/parallel_backward": (
+    *(_RETENTION, OurRetention, CHUNK_SIZES, TorchscaleRetention, (None,), 10),
+  ),
+  "diff_attention/sdpa": (
+    *(_DIFF_ATTENTION, OurDiffAttention, (None,), TorchDiffAttention, (True,), None),
+  ),
   "diff_attention/sdpa_backward": (
-    *(_DIFF_ATTENTION, OurDiffAttention, TorchDiffAttention, (True,), None),
+    *(_DIFF_ATTENTION, OurDiffAttention, (None,), TorchDiffAttention, (True,), None),
   ),
   "diff_attention/written_out_backward": (
-    *(_DIFF_ATTENTION, OurDiffAttention, TorchDiffAttention, (False,), None),
+    *(_DIFF_ATTENTION, OurDiffAttention, (None,), TorchDiffAttention, (False,), None),
   ),
 }
 
@@ -230,43 +251,56 @@ def run_case(
   Raises:
     RuntimeError: They do not compute the same; nothing was timed.
   """
-  case_shape, ours, peer, options, gate = CASES[name]
+  case_shape, ours, our_options, peer, options, gate = CASES[name]
   shape, backward = shape or case_shape, name.endswith("backward")
-  options = [o for o in options if o is None or isinstance(o, bool) or shape.length % o == 0]
-  with Worker(ours, cores, shape, backward) as our_worker:
-    want = our_worker.call("results")
-    seconds: dict[str, list[tuple[float, float]]] = {"ours": []}
-    workers = {"ours": our_worker}
-    for option in options:
-      worker = Worker(peer, cores, shape, backward, option)
-      _match(name, option, want, worker.call("results"))
-      workers[str(option)] = worker
-      seconds[str(option)] = []
+  seconds: dict[str, dict[Any, list[tuple[float, float]]]] = {}
+  with contextlib.ExitStack() as stack:
+    workers, want = {}, None
+    for who, program, choices in (("ours", ours, our_options), ("peer", peer, options)):
+      for option in choices:
+        if option and shape.length % option:  # A chunk that does not fit.
+          continue
+        worker = stack.enter_context(Worker(program, cores, shape, backward, option))
+        got = worker.call("results")
+        want = got if want is None else want
+        _match(name, who, option, want, got)
+        workers[who, option] = worker
+        seconds.setdefault(who, {})[option] = []
     for i in tqdm(range(rounds), desc=name, unit="rounds"):
-      for who in list(workers)[:: 1 if i % 2 else -1]:
+      for who, option in list(workers)[:: 1 if i % 2 else -1]:
         time.sleep(REST_SECONDS)
-        seconds[who].append(workers[who].call("time"))
-    for worker in list(workers.values())[1:]:
-      worker.__exit__()
-  best = {who: tuple(min(x) for x in zip(*times, strict=True)) for who, times in seconds.items()}
-  fastest = min((who for who in best if who != "ours"), key=lambda who: best[who][0])
+        seconds[who][option].append(workers[who, option].call("time"))
+  best = {
+    who: {option: tuple(min(x) for x in zip(*turns, strict=True)) for option, turns in x.items()}
+    for who, x in seconds.items()
+  }
+  modes = {who: min(x, key=lambda option, x=x: x[option][0]) for who, x in best.items()}
+  fastest = {who: best[who][mode] for who, mode in modes.items()}
   return dict(
     shape=vars(shape),
     gate=gate,
-    peer_mode=fastest,
-    ratio=round(best[fastest][0] / best["ours"][0], 3),
-    ratio_of_cpu_seconds=round(best[fastest][1] / best["ours"][1], 3),
-    best_ms={who: round(1e3 * clock, 3) for who, (clock, _) in best.items()},
-    rounds_ms={who: [round(1e3 * clock, 3) for clock, _ in x] for who, x in seconds.items()},
+    modes={who: str(mode) for who, mode in modes.items()},
+    ratio=round(fastest["peer"][0] / fastest["ours"][0], 3),
+    ratio_of_cpu_seconds=round(fastest["peer"][1] / fastest["ours"][1], 3),
+    best_ms={
+      who: {str(option): round(1e3 * clock, 3) for option, (clock, _) in x.items()}
+      for who, x in best.items()
+    },
+    rounds_ms={
+      who: {
+        str(option): [round(1e3 * clock, 3) for clock, _ in turns] for option, turns in x.items()
+      }
+      for who, x in seconds.items()
+    },
   )
 
 
-def _match(name, option, want, got) -> None:
+def _match(name, who, option, want, got) -> None:
   for i, (a, b) in enumerate(zip(got, want, strict=True)):
     error = float(np.linalg.norm(a - b) / np.linalg.norm(b))
     if not error <= TOLERANCE:  # A NaN is a mismatch too.
       raise RuntimeError(
-        f"{name}, peer's {option}: array {i} differs by {error}; nothing is timed."
+        f"{name}, {who} as {option}: array {i} differs by {error}; nothing is timed."
       )
 
 
@@ -282,7 +316,8 @@ def main(argv: Sequence[str]) -> None:
       continue
     report = result["cases"][name] = run_case(name, cores, rounds)
     gate = "" if report["gate"] is None else f", where the gate is {report['gate']}"
-    print(f"{name}: {report['ratio']:.2f} times the peer's speed ({report['peer_mode']}){gate}")
+    modes = "{ours} against {peer}".format(**report["modes"])
+    print(f"{name}: {report['ratio']:.2f} times the peer's speed ({modes}){gate}")
     if _OUTPUT.value:
       output = pathlib.Path(_OUTPUT.value)
       output.parent.mkdir(parents=True, exist_ok=True)

@@ -204,6 +204,7 @@ class _Local(NamedTuple):
 
   out: Float[Array, "B N C V"]
   queries: Float[Array, "B N C H"]
+  enter: Float[Array, "#B N C 1"]
   carry: Float[Array, "#B N 1 1"]
   update: Float[Array, "B N H V"]
 
@@ -235,7 +236,8 @@ def _local(decay: _Decay, tokens: _Tokens, marks: _Marks) -> _Local:
   scores = _product("BNCH,BNDH->BNCD", q, k) * inner
   return _Local(
     out=_product("BNCD,BNDV->BNCV", scores.astype(v.dtype), v),
-    queries=q * enter[..., None],
+    queries=q,
+    enter=enter[..., None],
     carry=carry,
     update=_product("BNCH,BNCV->BNHV", (k * leave).astype(k.dtype), v),
   )
@@ -243,7 +245,7 @@ def _local(decay: _Decay, tokens: _Tokens, marks: _Marks) -> _Local:
 
 def _join(state: Float[Array, "B N H V"], local: _Local):
   """The state that leaves a chunk, and its output, `B C N V`."""
-  out = local.out + _product("BNCH,BNHV->BNCV", local.queries, state)
+  out = local.out + local.enter * _product("BNCH,BNHV->BNCV", local.queries, state)
   return local.carry * state + local.update, out.swapaxes(1, 2)
 
 

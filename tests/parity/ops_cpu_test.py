@@ -13,9 +13,9 @@ from experiments.benchmarks import ops_cpu, specs  # noqa: E402 (after the skips
 def test_peers_compute_the_same(name):
   values = 16 if name.startswith("retention") else 8
   report = ops_cpu.run_case(name, [0], 1, specs.Attention(1, 64, 2, 8, values))
-  assert report["ratio"] > 0 and report["best_ms"]["ours"] > 0
+  assert report["ratio"] > 0 and min(report["best_ms"]["ours"].values()) > 0
 
 
 def test_a_mismatch_is_an_error():
   with pytest.raises(RuntimeError, match="nothing is timed"):
-    ops_cpu._match("case", None, [ops_cpu.np.ones(3)], [ops_cpu.np.zeros(3)])
+    ops_cpu._match("case", "peer", None, [ops_cpu.np.ones(3)], [ops_cpu.np.zeros(3)])
