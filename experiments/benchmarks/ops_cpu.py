@@ -4,9 +4,9 @@
 
 Each case is an op of ours and a peer on the same float32 inputs, forward or with every gradient.
 Outputs and gradients must agree before anything is timed; retention's after the head norm, which
-cancels the rows' scales that torchscale puts in. Both may choose among chunk sizes. As in `train.py`,
-whose flags these are but for the output's: a process for each, which take turns, and the best round
-counts.
+cancels the rows' scales that torchscale puts in. Both may choose among chunk sizes. As in
+`train.py`, whose flags these are but for the output's: a process for each, which take turns, and
+the best round counts.
 """
 
 import abc
