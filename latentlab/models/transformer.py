@@ -34,8 +34,11 @@ def transformer(
   rope_base: float = 10_000.0,
   rope_grid: str = "rope",
   rope_layout: str = "interleaved",
-  xpos_scale_base: float = 512.0,
+  train_length: int | None = None,
+  xpos_scale_base: float | None = None,
   xpos_gamma: float = 0.4,
+  xpos_rotation: bool = True,
+  xpos_center: int | None = None,
   mask: str = "causal",
   mask_size: int | None = None,
   **options: Any,
@@ -53,10 +56,16 @@ def transformer(
     rope_base: Wave length base of `rope` and `xpos`.
     rope_grid: Frequencies of `rope`.
     rope_layout: Which features are a pair.
-    xpos_scale_base: Half the training length.
+    train_length: Tokens of a training window, `config.data.seq_length` in an experiment; what
+      `xpos_scale_base` and `mask_size` follow where they are `None`.
+    xpos_scale_base: Tokens per unit of xPos's decay; half of `train_length` if `None`.
     xpos_gamma: Offset of xPos's decay.
-    mask: `causal`, `sliding_window` or `blockwise_causal`.
-    mask_size: Window or block of the mask.
+    xpos_rotation: Whether xPos rotates; table 4 of its paper has the decay alone.
+    xpos_center: Fixed position of scale one, which bounds the length; `None` has no bound.
+    mask: `causal`, `sliding_window` or `blockwise_causal`; parameters do not depend on it, so that
+      a model trained as `causal` may be evaluated and sampled with another.
+    mask_size: Window or block of the mask; as `None`, the window is `train_length` and the block
+      half of it, as the xPos paper has them (section 3.3).
     **options: Of `language_model.stack`, `vocab_size` and `num_layers` among them.
 
   Raises:
@@ -72,17 +81,25 @@ def transformer(
       "'causal', 'sliding_window' or 'blockwise_causal'"
     )
   on_embedding, in_mixer = split_scheme(positions)
+  if train_length is not None and xpos_scale_base is None:
+    xpos_scale_base = train_length / 2
+  if train_length is not None and mask_size is None:
+    sizes = dict(sliding_window=train_length, blockwise_causal=-(-train_length // 2))
+    mask_size = sizes.get(mask)
+  if in_mixer == "xpos" and xpos_scale_base is None:
+    raise ValueError("positions='xpos' needs train_length, or an xpos_scale_base of half of it")
   mixer = AttentionConfig(
     num_heads=num_heads,
     head_dim=head_dim,
     num_kv_heads=num_kv_heads,
     positions=PositionConfig(
       in_mixer,
-      base=rope_base,
+      base=rope_base if xpos_rotation or in_mixer != "xpos" else None,
       grid=rope_grid,
       layout=rope_layout,
       gamma=xpos_gamma,
-      scale_base=xpos_scale_base,
+      scale_base=PositionConfig.scale_base if xpos_scale_base is None else xpos_scale_base,
+      center="tile" if xpos_center is None else xpos_center,
     ),
     mask=ops.Mask(mask, mask_size),
   )

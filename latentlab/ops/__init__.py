@@ -8,6 +8,11 @@ from latentlab.ops.attention import (
   tree_mask,
   windowed_attention,
 )
+from latentlab.ops.attention_resolution import (
+  Distances,
+  attention_resolution,
+  scores_by_distance,
+)
 from latentlab.ops.diff_attention import diff_attention, diff_attention_decode
 from latentlab.ops.losses import cross_entropy
 from latentlab.ops.positions import (
@@ -23,11 +28,13 @@ from latentlab.ops.positions import (
 from latentlab.ops.retention import decay_scale, log_decay_rates, retention, retention_decode
 
 __all__ = [
+  "Distances",
   "Mask",
   "alibi_slopes",
   "apply_rope",
   "apply_xpos",
   "attention",
+  "attention_resolution",
   "cross_entropy",
   "decay_scale",
   "diff_attention",
@@ -38,6 +45,7 @@ __all__ = [
   "retention",
   "retention_decode",
   "rope_frequencies",
+  "scores_by_distance",
   "segment_bias",
   "sinusoidal",
   "tree_mask",
