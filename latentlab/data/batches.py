@@ -40,7 +40,7 @@ class Rows(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-  """Consecutive windows of `seq_length` targets over a split's tokens.
+  """Windows of `seq_length` targets over a split's tokens, one after another.
 
   Attributes:
     tokens: The split's tokens.
@@ -49,6 +49,8 @@ class Windows:
     packing: See `DataConfig`.
     evaluation: Read the last, partial window too, and score no document's end, which is no byte of
       the text. Training learns where documents end, and samples stop there.
+    begins: Places where windows start, if not one after another.
+    score_last: How many of a window's last targets carry weight; all if 0.
   """
 
   tokens: np.ndarray
@@ -56,9 +58,13 @@ class Windows:
   seq_length: int
   packing: str
   evaluation: bool
+  begins: np.ndarray | None = None
+  score_last: int = 0
 
   @property
   def num_rows(self) -> int:
+    if self.begins is not None:
+      return len(self.begins)
     targets = max(len(self.tokens) - 1, 0)
     return -(-targets // self.seq_length) if self.evaluation else targets // self.seq_length
 
@@ -73,8 +79,10 @@ class Windows:
     return out
 
   def rows(self, indices: np.ndarray) -> Batch:
-    begin = indices[:, None] * self.seq_length
-    places = begin + np.arange(self.seq_length + 1)
+    begin = indices * self.seq_length
+    if self.begins is not None:
+      begin = np.append(self.begins, len(self.tokens))[np.minimum(indices, self.num_rows)]
+    places = begin[:, None] + np.arange(self.seq_length + 1)
     inside = places < len(self.tokens)
     ids = self.tokens[np.where(inside, places, 0)].astype(np.int32)
     ids = np.where(inside, ids, self.tokenizer.pad_id)
@@ -86,7 +94,39 @@ class Windows:
     weights = valid
     if self.evaluation:
       weights = weights & (targets != self.tokenizer.bos_id)
+    if self.score_last:
+      weights = weights & (np.arange(self.seq_length) >= self.seq_length - self.score_last)
     return _batch(inputs, targets, np.where(valid, positions, 0), segment_ids * valid, weights)
+
+  def in_documents(self, document_length: int) -> "Windows":
+    """Windows that tell context lengths apart on one text.
+
+    Every document is cut into pieces of `document_length` targets, its rest left out. A window is
+    a segment of a piece, and the segments of a piece are all its targets, each once; or, where only
+    the last targets of a piece are scored, the one window that ends with the piece.
+    """
+    n, d = self.seq_length, document_length
+    if d < n:
+      raise ValueError(f"document_length={d} must be at least seq_length={n}.")
+    if self.score_last:
+      segments = np.array([d - n])
+    elif d % n:
+      raise ValueError(
+        f"document_length={d} must be a multiple of seq_length={n}, so that every length scores "
+        "the same targets."
+      )
+    else:
+      segments = np.arange(0, d, n)
+    first = np.flatnonzero(self.tokens == self.tokenizer.bos_id)
+    targets = np.diff(first, append=len(self.tokens)) - 1
+    if not (targets >= d).any():
+      raise ValueError(
+        f"document_length={d} is longer than every document of the split, the longest of which has "
+        f"{targets.max(initial=0)} tokens; shorten it."
+      )
+    pieces = [b + np.arange(0, t - d + 1, d) for b, t in zip(first, targets, strict=True) if t >= d]
+    begins = (np.concatenate(pieces)[:, None] + segments).ravel()
+    return dataclasses.replace(self, begins=begins)
 
   def raw_bytes(self, indices: np.ndarray | None = None) -> bytes:
     """The bytes of the tokens that the given windows cover, in corpus order, each once."""
@@ -186,25 +226,50 @@ class Data:
     if not 0 <= seed < 2**32:
       raise ValueError(f"{seed=} is not in [0, 2**32).")
     endless = sys.maxsize // (2 * self.batch_size)
-    return iter(self._dataset(self.training, endless, seed).to_iter_dataset(_READ_OPTIONS))
+    batches = self._dataset(self.training, endless, self.batch_size, seed)
+    return iter(batches.to_iter_dataset(_READ_OPTIONS))
 
   def eval_batches(
-    self, split: str, max_batches: int | None = None, seq_length: int | None = None
+    self,
+    split: str,
+    max_batches: int | None = None,
+    seq_length: int | None = None,
+    *,
+    document_length: int | None = None,
+    score_last: int | None = None,
   ) -> grain.IterDataset[Batch]:
     """A split's batches in corpus order, once, every target once; the last is padded.
 
-    Documents lie in a random order, so the first `max_batches` are a fair sample. `seq_length`
-    cuts windows of another length than those of training.
+    Documents lie in a random order, so the first `max_batches` are a fair sample.
+
+    Args:
+      split: Its name.
+      max_batches: How many of its batches; all if `None`.
+      seq_length: Targets of a window; as in training if `None`.
+      document_length: Cut pieces of this many targets from documents, and these into windows; a
+        batch then holds the windows of as many pieces as training's batch has rows, so that every
+        `seq_length` scores the same targets of the same pieces (see `Windows.in_documents`).
+      score_last: Only the last targets of each window, or piece, carry weight; all if `None`.
     """
-    rows = self._split(split)
+    rows, batch_size = self._split(split), self.batch_size
     if seq_length is not None:
       if seq_length < 1:
         raise ValueError(f"{seq_length=} of an evaluation must be at least 1.")
       rows = dataclasses.replace(rows, seq_length=seq_length)
-    num_batches = -(-rows.num_rows // self.batch_size)
+    if score_last is not None:
+      if not 1 <= score_last <= rows.seq_length:
+        raise ValueError(
+          f"{score_last=} of an evaluation must lie in [1, seq_length={rows.seq_length}]."
+        )
+      rows = dataclasses.replace(self._windows(rows, "score_last"), score_last=score_last)
+    if document_length is not None:
+      rows = self._windows(rows, "document_length").in_documents(document_length)
+      if not rows.score_last:
+        batch_size *= document_length // rows.seq_length
+    num_batches = -(-rows.num_rows // batch_size)
     if max_batches is not None:
       num_batches = min(num_batches, max_batches)
-    return self._dataset(rows, num_batches).to_iter_dataset(_READ_OPTIONS)
+    return self._dataset(rows, num_batches, batch_size).to_iter_dataset(_READ_OPTIONS)
 
   def raw_bytes(self, split: str, max_batches: int | None = None) -> bytes:
     """The raw bytes of a split, or of what `eval_batches(split, max_batches)` shows of it."""
@@ -235,14 +300,16 @@ class Data:
       )
     return self.splits[name]
 
-  def _windows(self, rows: Rows) -> Windows:
+  def _windows(self, rows: Rows, what: str = "raw bytes") -> Windows:
     if not isinstance(rows, Windows):
-      raise ValueError("data.source='synthetic' has no raw bytes; use a corpus.")
+      raise ValueError(f"data.source='synthetic' has no {what}; use a corpus.")
     return rows
 
-  def _dataset(self, rows: Rows, num_batches: int, seed: int | None = None) -> grain.MapDataset:
+  def _dataset(
+    self, rows: Rows, num_batches: int, batch_size: int, seed: int | None = None
+  ) -> grain.MapDataset:
     return grain.MapDataset.source(
-      _Source(rows, self.batch_size, self.process_index, self.process_count, num_batches, seed)
+      _Source(rows, batch_size, self.process_index, self.process_count, num_batches, seed)
     )
 
 

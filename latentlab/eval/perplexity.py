@@ -28,32 +28,48 @@ class Evaluator:
     split: str = "validation",
     max_batches: int | None = None,
     seq_length: int | None = None,
+    document_length: int | None = None,
+    score_last: int | None = None,
+    model: Mapping[str, Any] | None = None,
     num_buckets: int = 4,
   ):
     """Checks the fields; nothing is compiled before the first run.
 
     Args:
-      task: Its `model` has a method `token_losses`.
+      task: Its `model` has a method `token_losses`; with `model`, it has a method `variant`.
       data: Holds the split.
       compile: See `runner.Compile`.
       split: Of the data.
       max_batches: How many of its batches to read; all if `None` or 0.
       seq_length: Tokens of a window; as in training if `None` or 0.
+      document_length: Pieces of this many tokens are cut from documents, and windows from these, so
+        that every `seq_length` scores the same tokens; LeX (section 4.2) takes the first such piece
+        of each document. Windows lie end to end over the whole split if `None` or 0.
+      score_last: Only the last tokens of each window, or of each piece where `document_length` is
+        given, are scored, as in RetNet's table 8; all if `None` or 0.
+      model: Fields of `config.model` that differ in this evaluation alone, for the same parameters:
+        `dict(mask="blockwise_causal", mask_size=64)`, say.
       num_buckets: Equal ranges of positions whose losses are reported as `position_<first>_<last>`.
     """
     if (max_batches or 0) < 0:
       raise ValueError(
         f"{max_batches=} of a perplexity evaluation must not be negative; 0 reads all."
       )
-    self._batches = data.eval_batches(split, max_batches or None, seq_length or None)
-    limit = task.model.config.context_limit
+    self._batches = data.eval_batches(
+      split,
+      max_batches or None,
+      seq_length or None,
+      document_length=document_length or None,
+      score_last=score_last or None,
+    )
+    self._model = task.variant(model) if model else task.model
+    limit = self._model.config.context_limit
     if limit is not None and (seq_length or 0) > limit:
       raise ValueError(
         f"{seq_length=} of a perplexity evaluation is longer than the {limit} "
         "positions that config.model has vectors for; shorten it."
       )
     self._byte_lengths = np.asarray(data.tokenizer.byte_lengths, np.float32)
-    self._model = task.model
     if num_buckets < 1:
       raise ValueError(f"{num_buckets=} of a perplexity evaluation must be at least 1.")
     self._num_buckets = num_buckets
@@ -66,8 +82,8 @@ class Evaluator:
       length = batch["inputs"].shape[1]
       sums = self._sums(params, batch)
       # One batch behind: the device is never idle, and never has more than two batches queued.
-      totals, pending = _add(totals, pending), sums
-    totals = _add(totals, pending)
+      totals, pending = add_sums(totals, pending), sums
+    totals = add_sums(totals, pending)
     if totals is None or not totals["weight"].sum():
       raise ValueError("A perplexity evaluation found no target with a weight in its batches.")
     loss = totals["nll"].sum() / totals["weight"].sum()
@@ -98,7 +114,7 @@ class Evaluator:
     }
 
 
-def _add(totals: dict[str, Any] | None, sums: dict[str, Any] | None) -> dict[str, Any] | None:
+def add_sums(totals: dict[str, Any] | None, sums: dict[str, Any] | None) -> dict[str, Any] | None:
   """Adds a batch's sums in float64."""
   if sums is None:
     return totals

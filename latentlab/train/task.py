@@ -8,7 +8,7 @@ training differ in their groups and share one step and one loop.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import flax.struct
 import jax
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 from flax import linen as nn
+from flax import traverse_util
 
 from latentlab.models import registry
 from latentlab.models.language_model import LanguageModel
@@ -94,6 +95,25 @@ class LanguageModelTask:
   def init(self, key: Key[Array, ""]) -> Params:
     return self.model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
 
+  def variant(self, fields: Mapping[str, Any]) -> LanguageModel:
+    """The model with other `fields` of `config.model`, for the same parameters.
+
+    Raises:
+      ValueError: a field is unknown, or one of them changes the shapes of parameters.
+    """
+    built = self.model.config
+    section = self.config.model.to_dict() | dict(fields)
+    model = LanguageModel(registry.build_config(section, vocab_size=built.vocab_size))
+    old, new = (_shapes(dataclasses.replace(self, model=m)) for m in (self.model, model))
+    if changed := [p for p in sorted(old.keys() | new.keys()) if old.get(p) != new.get(p)]:
+      path = changed[0]
+      raise ValueError(
+        f"model={dict(fields)} changes parameters ({path} from {old.get(path)} to "
+        f"{new.get(path)}); an evaluation may only change fields of config.model that leave their "
+        "shapes alone."
+      )
+    return model
+
   @functools.cached_property
   def groups(self) -> tuple[Group, ...]:
     axes = axis_names(jax.eval_shape(self.init, jax.random.key(0)))
@@ -114,6 +134,13 @@ class LanguageModelTask:
       method="token_losses",
     )
     return LossTerms(total=jnp.sum(nll * weights), weight=jnp.sum(weights))
+
+
+def _shapes(task: LanguageModelTask) -> dict[str, tuple[int, ...]]:
+  """Shapes of parameters by their paths."""
+  params = nn.unbox(jax.eval_shape(task.init, jax.random.key(0)))
+  flat = traverse_util.flatten_dict(params, sep="/")
+  return {path: x.shape for path, x in flat.items()}
 
 
 def _language_model(config: ml_collections.ConfigDict, vocab_size: int) -> LanguageModelTask:

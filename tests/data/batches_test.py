@@ -327,6 +327,90 @@ def test_corpus_without_validation(fields):
     built.eval_batches("validation")
 
 
+def _weighed(batches):
+  """The targets that carry weight, in order, and the batches."""
+  batches = list(batches)
+  return np.concatenate([b["targets"][b["weights"] > 0] for b in batches]), batches
+
+
+@pytest.mark.parametrize("seq_length", [1, 5, 15, 30])
+def test_segments_of_documents_hold_the_same_targets_at_every_length(fields, seq_length):
+  """Against a loop over documents; 30 targets a piece, most documents having a rest."""
+  built = data.build(fields, 4)
+  for split in ("train", "validation"):
+    tokens = built.splits[split].tokens
+    starts = [*np.flatnonzero(tokens == 256), len(tokens)]
+    rows = []
+    for begin, end in zip(starts, starts[1:], strict=False):
+      for piece in range(begin, end - 30, 30):
+        for place in range(piece, piece + 30, seq_length):
+          rows.append(tokens[place : place + seq_length + 1])
+    got = list(built.eval_batches(split, seq_length=seq_length, document_length=30))
+    inputs, targets, weights, positions, segment_ids = (
+      np.concatenate([b[name] for b in got])
+      for name in ("inputs", "targets", "weights", "positions", "segment_ids")
+    )
+    n, per_batch = len(rows), 4 * 30 // seq_length
+    assert len(inputs) == -(-n // per_batch) * per_batch
+    np.testing.assert_array_equal(inputs[:n], [row[:-1] for row in rows])
+    np.testing.assert_array_equal(targets[:n], [row[1:] for row in rows])
+    assert weights[:n].all() and not weights[n:].any() and not segment_ids[n:].any()
+    assert (segment_ids[:n] == 1).all()  # No window holds parts of two documents.
+    assert (positions[:n] == np.arange(seq_length)).all()
+
+
+def test_the_same_pieces_in_a_few_batches(fields):
+  built = data.build(fields, 4)
+  calls = [
+    _weighed(built.eval_batches("train", 2, seq_length=n, document_length=30)) for n in (30, 10, 3)
+  ]
+  for targets, batches_ in calls:
+    assert len(batches_) == 2 and len(targets) == 2 * 4 * 30
+    np.testing.assert_array_equal(targets, calls[0][0])
+
+
+@pytest.mark.parametrize("seq_length", [7, 12, 30])
+def test_last_targets_of_a_piece_have_more_or_less_before_them(fields, seq_length):
+  built = data.build(fields, 4)
+  whole, _ = _weighed(built.eval_batches("train", seq_length=30, document_length=30))
+  want = whole.reshape(-1, 30)[:, -7:].ravel()
+  got, shown = _weighed(
+    built.eval_batches("train", seq_length=seq_length, document_length=30, score_last=7)
+  )
+  np.testing.assert_array_equal(got, want)
+  assert {b["inputs"].shape for b in shown} == {(4, seq_length)}
+
+
+def test_last_targets_of_windows(fields):
+  built = data.build(fields, 4)
+  whole, some = (list(built.eval_batches("validation", score_last=n)) for n in (None, 5))
+  for a, b in zip(whole, some, strict=True):
+    assert (b["weights"][:, :-5] == 0).all()
+    np.testing.assert_array_equal(b["weights"][:, -5:], a["weights"][:, -5:])
+    for name in a.keys() - {"weights"}:
+      np.testing.assert_array_equal(a[name], b[name])
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    (dict(document_length=24), "document_length=24 must be a multiple of seq_length=16"),
+    (dict(document_length=-16), "document_length=-16 must be at least seq_length=16"),
+    (dict(document_length=12, score_last=3), "document_length=12 must be at least seq_length=16"),
+    (dict(document_length=1600), "document_length=1600 is longer than every document .* has 2"),
+    (dict(score_last=17), r"score_last=17 of an evaluation must lie in \[1, seq_length=16\]"),
+    (dict(score_last=-1), "score_last=-1"),
+  ],
+  ids=str,
+)
+def test_bad_protocols(fields, options, message):
+  with pytest.raises(ValueError, match=message):
+    data.build(fields, 4).eval_batches("train", **options)
+  option = "score_last" if "score_last" in options else "document_length"
+  with pytest.raises(ValueError, match=f"'synthetic' has no {option}"):
+    data.build(SYNTHETIC, 4).eval_batches("train", **{option: SEQ})
+
+
 def _write(tmp_path, content):
   (tmp_path / "x.txt").write_bytes(content)
   return dict(path=str(tmp_path / "x.txt"), cache_dir=str(tmp_path / "cache"))

@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from experiments.configs import common
 from latentlab import data as data_lib
 from latentlab import eval as eval_lib
 from latentlab import ops
 from latentlab.eval import perplexity
+from latentlab.models import registry
+from latentlab.models.language_model import LanguageModel
+from latentlab.train.task import build_task
 
 VOCAB, LENGTH = 258, 12
 
@@ -94,6 +98,99 @@ def test_uniform_predictions_cost_the_log_of_the_vocabulary(data, params):
   got = dict(evaluator.run({"table": jnp.zeros_like(params["table"])}))
   assert got["perplexity"] == pytest.approx(VOCAB, rel=1e-5)
   assert got["bits_per_byte"] == pytest.approx(np.log2(VOCAB), rel=1e-5)
+
+
+def test_scores_the_last_targets_of_pieces_of_documents(data, params):
+  """Each length by hand, window for window; longer contexts change the loss of equal targets."""
+  tokens = data.splits["validation"].tokens
+  starts = [*np.flatnonzero(tokens == data.tokenizer.bos_id), len(tokens)]
+  pieces = [p for a, b in zip(starts, starts[1:], strict=False) for p in range(a, b - 24, 24)]
+  found = {}
+  for seq_length in (6, 12, 24):
+    evaluator = perplexity.Evaluator(
+      types.SimpleNamespace(model=_Bigram()),
+      data,
+      _compile,
+      seq_length=seq_length,
+      document_length=24,
+      score_last=5,
+    )
+    found[seq_length] = dict(evaluator.run(params))["loss"]
+    windows = np.stack([tokens[p + 24 - seq_length : p + 25] for p in pieces]).astype(np.int32)
+    losses = _Bigram().apply(
+      {"params": params},
+      windows[:, :-1],
+      windows[:, 1:],
+      np.broadcast_to(np.arange(seq_length), (len(windows), seq_length)),
+      method="token_losses",
+    )
+    assert found[seq_length] == pytest.approx(float(losses[:, -5:].mean()), rel=1e-5)
+  assert len({round(x, 3) for x in found.values()}) == 3
+
+
+@pytest.fixture(scope="module")
+def task(data):
+  config = common.language_model()
+  config.model = common.model(
+    "transformer", num_layers=1, embed_dim=16, num_heads=2, positions="learned", max_length=16
+  )
+  config.data.seq_length = LENGTH
+  return build_task(config, data.tokenizer.vocab_size)
+
+
+def test_another_mask_for_one_evaluation(data, task):
+  params = nn.unbox(task.init(jax.random.key(0)))
+  # Initial scores are too small for a mask to show.
+  params = jax.tree.map(lambda x: 20 * x, params)
+  section = dict(type="perplexity", every_steps=1, max_batches=2)
+  narrow = dict(mask="sliding_window", mask_size=2)
+  runs = {"plain": {}, "same": dict(mask="causal"), "narrow": narrow}
+  evals = {name: section | dict(model=model) for name, model in runs.items()}
+  plain, same, got = (
+    dict(e.evaluator.run(params)) for e in eval_lib.build(evals, task, data, _compile)
+  )
+  assert plain == same
+  assert abs(got["loss"] - plain["loss"]) > 1e-3
+  model = LanguageModel(
+    registry.build_config(task.config.model.to_dict() | narrow, data.tokenizer.vocab_size)
+  )
+  total = weight = 0.0
+  for batch in data.eval_batches("validation", 2):
+    batch = jax.tree.map(jnp.asarray, batch)
+    losses = model.apply(
+      {"params": params},
+      batch["inputs"],
+      batch["targets"],
+      segment_ids=batch["segment_ids"],
+      method="token_losses",
+    )
+    total += float((losses * batch["weights"]).sum())
+    weight += float(batch["weights"].sum())
+  assert got["loss"] == pytest.approx(total / weight, rel=1e-5)
+  assert task.model.config.decoder.stages[0].blocks[0].mixer.mask.kind == "causal"
+
+
+@pytest.mark.parametrize(
+  "fields, message",
+  [
+    (dict(model=dict(mask_type="causal")), r"evals.x: .* does not: \['mask_type'\]; choose among"),
+    (
+      dict(model=dict(embed_dim=32)),
+      r"evals.x: model={'embed_dim': 32} changes .* from .16,. to",
+    ),
+    (dict(model=dict(num_layers=2)), "model={'num_layers': 2} changes parameters"),
+    (dict(model=dict(max_length=8)), "model={'max_length': 8} changes parameters"),
+    (dict(model=dict(mask="sliding_window")), "evals.x: "),
+    (dict(seq_length=24), "seq_length=24 .* longer than the 16"),
+    (dict(seq_length=8, document_length=12), "document_length=12 must be a multiple"),
+    (dict(seq_length=8, score_last=9), "score_last=9"),
+  ],
+  ids=str,
+)
+def test_bad_protocols(data, task, fields, message):
+  section = dict(type="perplexity", every_steps=1) | fields
+  with pytest.raises(ValueError, match=message):
+    eval_lib.build({"x": section}, task, data, _compile)
 
 
 def test_runner_names_what_it_measures(data, params):
