@@ -10,10 +10,14 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 from latentlab.data import Data
-from latentlab.eval import ngram, perplexity
+from latentlab.eval import attention_resolution, ngram, perplexity
 from latentlab.typing import Params
 
-EVALUATORS = {"ngram": ngram, "perplexity": perplexity}
+EVALUATORS = {
+  "attention_resolution": attention_resolution,
+  "ngram": ngram,
+  "perplexity": perplexity,
+}
 
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 """Compiles `(params, batch) -> arrays` for a layout; takes this process's rows as NumPy arrays."""
@@ -77,5 +81,8 @@ def build(evals: Mapping[str, Any], task: Any, data: Data, compile: Compile) -> 
       raise ValueError(
         f"{where} has unknown fields {unknown}; choose among {['type', 'every_steps', *known]}."
       )
-    built.append(Evaluation(name, evaluator(task, data, compile, **fields), every_steps))
+    try:
+      built.append(Evaluation(name, evaluator(task, data, compile, **fields), every_steps))
+    except ValueError as e:
+      raise ValueError(f"{where}: {e}") from e
   return built

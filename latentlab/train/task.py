@@ -102,7 +102,7 @@ class LanguageModelTask:
       ValueError: a field is unknown, or one of them changes the shapes of parameters.
     """
     built = self.model.config
-    section = self.config.model.to_dict() | dict(fields)
+    section = _model_section(self.config) | dict(fields)
     model = LanguageModel(registry.build_config(section, vocab_size=built.vocab_size))
     old, new = (_shapes(dataclasses.replace(self, model=m)) for m in (self.model, model))
     if changed := [p for p in sorted(old.keys() | new.keys()) if old.get(p) != new.get(p)]:
@@ -143,8 +143,16 @@ def _shapes(task: LanguageModelTask) -> dict[str, tuple[int, ...]]:
   return {path: x.shape for path, x in flat.items()}
 
 
+def _model_section(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """`config.model`, told how long training's windows are where it asks."""
+  section = config.model.to_dict()
+  if "train_length" in registry.fields(section.get("name")) and not section.get("train_length"):
+    section["train_length"] = config.get("data", {}).get("seq_length")
+  return section
+
+
 def _language_model(config: ml_collections.ConfigDict, vocab_size: int) -> LanguageModelTask:
-  model_config = registry.build_config(config.model.to_dict(), vocab_size=vocab_size)
+  model_config = registry.build_config(_model_section(config), vocab_size=vocab_size)
   limit, length = model_config.context_limit, config.get("data", {}).get("seq_length", 0)
   if limit is not None and length > limit:
     raise ValueError(
