@@ -3,7 +3,7 @@ r"""Runs the rows and seeds of a paper's table, and sets the paper's figures bes
   python -m experiments.tables --config=experiments/configs/retnet/table6_ablations.py \
       --seeds=0,1,2 --num_workers=2
 
-Every cell is a run of `experiments.train` in `<workdir>/<row>/seed<k>`. The same command goes on
+Every cell is a run of `experiments.train` in `<workdir>/<run>/seed<k>`. The same command goes on
 where a killed one stopped: finished cells are read, others resume. The table is printed, and saved
 as `<output>/<paper>/<stem>.{md,json,png}`. What stands behind `--` goes to every cell's trainer:
 
@@ -12,120 +12,104 @@ as `<output>/<paper>/<stem>.{md,json,png}`. What stands behind `--` goes to ever
 A table's config file has, beside `get_config(arg)` with the arguments `row`, `scale`, `smoke` and
 `seed`:
 
-  TITLE   of the table
-  BASE    the row that others are compared with
-  METRIC  dict(paper=<a column of the paper>, ours=<evaluation>/<metric>), which are compared
-  ALSO    further metrics of ours
-  SCALES  {name: a sentence that says what the scale is}
-  ROWS    {name: dict(about=<words>, expected={<column of the paper>: figure or None}, ...)}
+  TITLE    of the table
+  BASE     the row that others are compared with
+  METRICS  {column: <evaluation>/<metric>}, a column being one of the paper's or a name of our own
+  SCALES   {name: a sentence that says what the scale is}
+  ROWS     {name: dict(about=<words>, expected={<column of the paper>: figure or None}, ...)}
+
+A row may also have `run`, the `row` that `get_config` is asked for, where rows differ in what is
+evaluated and not in what is trained; `metrics`, which differ from METRICS in some columns (`None`:
+not measured); and `base`, which takes the place of BASE (`None`: compared with no row). A file may
+have
+
+  AXIS     the fields of `latentlab.eval.tables.Axis`, where columns are numbers: a figure of lines
+  RUNS     a name of its runs, <stem> by default; tables of one name share what they train
 """
 
-import contextlib
 import dataclasses
 import importlib.util
 import json
-import os
 import pathlib
 import shlex
-import signal
-import subprocess
 import sys
-import time
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
-import tqdm
 from absl import app, flags
-from ml_collections import config_flags
 
+from experiments import cells as cells_lib
+from experiments.cells import Cell
 from latentlab.eval import tables
-from latentlab.train import metrics
 
-_PROTOCOL = ("TITLE", "BASE", "METRIC", "ALSO", "SCALES", "ROWS", "get_config")
-# In a process of its own: one that has asked for its devices may hold them from the cells.
-_ENVIRONMENT = """
-import json, os, platform, flax, jax
-device = jax.devices()[0]
-print(json.dumps(dict(
-    python=platform.python_version(), jax=jax.__version__, flax=flax.__version__,
-    platform=device.platform, device=device.device_kind, num_devices=jax.device_count(),
-    num_cpus=os.cpu_count())))
-"""
+_PROTOCOL = ("TITLE", "BASE", "METRICS", "SCALES", "ROWS", "get_config")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Cell:
-  """A row at a seed.
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """A row of a table.
 
   Attributes:
-    row: Name of the row.
-    seed: The seed.
-    argument: Value of the trainer's `--config`.
-    overrides: Further flags of the trainer.
-    config: What these give.
-    workdir: Folder of the run.
+    about: What it is, in words.
+    expected: The paper's figures by column; `None` where one is unknown.
+    run: The `row` of the config file that is trained.
+    metrics: Ours by column; a column that is not measured is not in here.
+    base: The row that it is compared with; itself if none.
   """
 
-  row: str
-  seed: int
-  argument: str
-  overrides: tuple[str, ...]
-  config: ml_collections.ConfigDict
-  workdir: pathlib.Path
+  about: str
+  expected: Mapping[str, float | None]
+  run: str
+  metrics: Mapping[str, str]
+  base: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+  """What a config file says of its table.
+
+  Attributes:
+    path: The file.
+    title: Of the table.
+    base: The row that others are compared with.
+    metrics: Ours by column.
+    scales: What each scale is.
+    rows: By name.
+    axis: Of the figure, if it is one of lines.
+    runs: Name of the folder of its runs.
+    get_config: The file's.
+  """
+
+  path: pathlib.Path
+  title: str
+  base: str
+  metrics: Mapping[str, str]
+  scales: Mapping[str, str]
+  rows: Mapping[str, Row]
+  axis: tables.Axis | None
+  runs: str
+  get_config: Callable[[str], ml_collections.ConfigDict]
 
   @property
-  def name(self) -> str:
-    return f"{self.row}/seed{self.seed}"
+  def paper(self) -> str:
+    return self.path.absolute().parent.name
 
-  def lines(self) -> list[dict[str, Any]]:
-    return metrics.read_metrics(self.workdir / "metrics.jsonl")
+  def select(self, names: Sequence[str] = ()) -> dict[str, Row]:
+    """The rows of these names and the rows that they are compared with; all if there are none.
 
-  def step(self) -> int:
-    lines = self.lines()
-    return lines[-1]["step"] if lines else 0
-
-  def values(self, names: Sequence[str]) -> dict[str, float] | None:
-    """The metrics after the last step, once the run is finished and they are finite."""
-    # The trainer draws its curves last, when the checkpoint of the last step is safe.
-    if not (self.workdir / "plots/loss.png").exists() or self.step() != self.config.train_steps:
-      return None
-    last = self.lines()[-1]
-    found = {name: last.get(f"eval/{name}") for name in names}
-    return None if None in found.values() else found
-
-  def seconds(self) -> float:
-    """Time in training steps, compilation included, over all processes that ran the cell."""
-    tokens = self.config.batch_size * self.config.data.seq_length
-    total, previous = 0.0, 0
-    for line in self.lines():
-      total += line.get("perf/compile_sec", 0.0)
-      if speed := line.get("perf/tokens_per_sec"):
-        total += (line["step"] - previous) * tokens / speed
-      if "train/loss" in line:
-        previous = line["step"]
-    return total
-
-  def check(self) -> None:
-    """Raises `ValueError` where the workdir holds a run of another config."""
-    path = self.workdir / "config.json"
-    if not path.exists():
-      return
-    old, new = (_flat(json.loads(x)) for x in (path.read_text(), self.config.to_json()))
-    if changed := [
-      f"{k}: {old.get(k)!r} there, {new.get(k)!r} asked for"
-      for k in sorted(old.keys() | new.keys())
-      if old.get(k) != new.get(k)
-    ]:
-      raise ValueError(
-        f"{str(self.workdir)!r} holds a run of another config ({'; '.join(changed)})"
-        "; choose another --workdir, or delete it."
-      )
+    Raises:
+      ValueError: there is no such row.
+    """
+    if unknown := [row for row in names if row not in self.rows]:
+      raise ValueError(f"unknown --rows={','.join(unknown)}; choose among {list(self.rows)}.")
+    wanted = {self.base, *names, *(self.rows[row].base for row in names)}
+    return {name: row for name, row in self.rows.items() if not names or name in wanted}
 
 
-def load(path: str) -> types.ModuleType:
-  """Imports a table's config file.
+def load(path: str) -> Table:
+  """Reads a table's config file.
 
   Raises:
     ValueError: there is no such file, or it describes no table.
@@ -135,13 +119,68 @@ def load(path: str) -> types.ModuleType:
   spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
+  return describe(module)
+
+
+def describe(module: types.ModuleType) -> Table:
+  """What a table's config file, imported, says of it.
+
+  Raises:
+    ValueError: it describes no table, or one that contradicts itself.
+  """
+  path = pathlib.Path(module.__file__)
+  where = f"--config={str(path)!r}"
   if missing := [name for name in _PROTOCOL if not hasattr(module, name)]:
-    raise ValueError(f"--config={path!r} is no table's config file: it has no {missing}.")
-  return module
+    raise ValueError(f"{where} is no table's config file: it has no {missing}.")
+  rows = {name: _row(module, name, where) for name in module.ROWS}
+  if unknown := sorted({module.BASE, *(row.base for row in rows.values())} - rows.keys()):
+    raise ValueError(f"{where}: the base rows {unknown} are none of ROWS, {list(rows)}.")
+  axis = getattr(module, "AXIS", None)
+  if axis is not None:
+    try:
+      axis = tables.Axis(**axis)
+    except TypeError as e:
+      raise ValueError(f"{where}: AXIS does not have the fields of an axis ({e}).") from e
+    if not axis.values or not set(axis.values) <= set(module.METRICS):
+      raise ValueError(
+        f"{where}: the columns of AXIS, {list(axis.values)}, must be some of METRICS', "
+        f"{list(module.METRICS)}."
+      )
+  return Table(
+    path=path,
+    title=module.TITLE,
+    base=module.BASE,
+    metrics=dict(module.METRICS),
+    scales=module.SCALES,
+    rows=rows,
+    axis=axis,
+    runs=getattr(module, "RUNS", path.stem),
+    get_config=module.get_config,
+  )
+
+
+def _row(module: types.ModuleType, name: str, where: str) -> Row:
+  row = module.ROWS[name]
+  if lacking := [field for field in ("about", "expected") if field not in row]:
+    raise ValueError(f"{where}: row {name!r} has no {lacking}.")
+  changed = row.get("metrics", {})
+  if unknown := sorted(set(changed) - set(module.METRICS)):
+    raise ValueError(f"{where}: row {name!r} has metrics of {unknown}, which are none of METRICS.")
+  found = {c: m for c, m in {**module.METRICS, **changed}.items() if m is not None}
+  if bad := [m for m in found.values() if "/" not in m]:
+    raise ValueError(f"{where}: the metrics {bad} are not of the form <evaluation>/<metric>.")
+  base = row.get("base", module.BASE)
+  return Row(
+    about=row["about"],
+    expected=row["expected"],
+    run=row.get("run", name),
+    metrics=found,
+    base=name if base is None else base,
+  )
 
 
 def make_cells(
-  table: types.ModuleType,
+  table: Table,
   workdir: str | pathlib.Path,
   *,
   scale: str,
@@ -155,159 +194,146 @@ def make_cells(
   Raises:
     ValueError: a scale, row, seed or override is unknown.
   """
-  if scale not in table.SCALES:
-    raise ValueError(f"unknown --scale={scale!r}; choose one of {sorted(table.SCALES)}.")
-  if unknown := [row for row in rows if row not in table.ROWS]:
-    raise ValueError(f"unknown --rows={','.join(unknown)}; choose among {list(table.ROWS)}.")
+  if scale not in table.scales:
+    raise ValueError(f"unknown --scale={scale!r}; choose one of {sorted(table.scales)}.")
+  selected = table.select(rows)
   if not seeds or len(set(seeds)) < len(seeds) or not all(s.isdecimal() for s in seeds):
     raise ValueError(f"--seeds={','.join(seeds)} must be different numbers, 0,1,2 say.")
   if unknown := [flag for flag in overrides if not flag.startswith("--config.")]:
     raise ValueError(f"unknown arguments {unknown}; behind -- stand --config.<field>=<value>.")
+  runs: dict[str, set[str]] = {}
+  for row in selected.values():
+    runs.setdefault(row.run, set()).update(row.metrics.values())
   cells = []
   for seed in map(int, seeds):
-    for row in table.ROWS:
-      if rows and row not in (*rows, table.BASE):
-        continue
-      argument = f"{table.__file__}:row={row},scale={scale},seed={seed}{',smoke' * smoke}"
-      config = _parse(argument, overrides)
-      folder = pathlib.Path(workdir).absolute() / row / f"seed{seed}"
-      cells.append(Cell(row, seed, argument, tuple(overrides), config, folder))
-      cells[-1].check()
+    for run, metrics in runs.items():
+      argument = f"{table.path}:row={run},scale={scale},seed={seed}{',smoke' * smoke}"
+      cell = Cell(
+        run=run,
+        seed=seed,
+        metrics=tuple(sorted(metrics)),
+        argument=argument,
+        overrides=tuple(overrides),
+        config=cells_lib.parse(argument, overrides),
+        workdir=pathlib.Path(workdir).absolute() / run / f"seed{seed}",
+      )
+      cell.check()
+      cells.append(cell)
   return cells
 
 
-def run(cells: Sequence[Cell], names: Sequence[str], num_workers: int = 1) -> list[Cell]:
-  """Runs the cells that are not finished, several at a time.
-
-  Args:
-    cells: The cells.
-    names: Metrics that a finished cell has.
-    num_workers: Processes at a time.
-
-  Returns:
-    Those that failed.
-
-  Raises:
-    ValueError: several workers would share an accelerator.
-  """
-  waiting = [cell for cell in cells if cell.values(names) is None]
-  if not waiting:
-    return []
-  environment = _environment()
-  if num_workers > 1 and environment["platform"] != "cpu":
-    raise ValueError(
-      f"--num_workers={num_workers} would share {environment['device']!r}; "
-      "on an accelerator it is 1."
-    )
-  num_threads = max((os.cpu_count() or 1) // num_workers, 1) if num_workers > 1 else None
-  running: dict[Cell, subprocess.Popen] = {}
-  failed = []
-  steps = {cell: cell.step() for cell in cells}
-  total = sum(cell.config.train_steps for cell in cells)
-  with _terminating(running), tqdm.tqdm(total=total, unit="step", disable=None) as bar:
-    while waiting or running:
-      while waiting and len(running) < num_workers:
-        cell = waiting.pop(0)
-        running[cell] = _start(cell, environment, num_threads)
-      time.sleep(0.5)
-      for cell, process in [x for x in running.items() if x[1].poll() is not None]:
-        del running[cell]
-        values = cell.values(names) if process.returncode == 0 else None
-        if values is None:
-          failed.append(cell)
-          _say(f"{cell.name} FAILED with exit code {process.returncode}: {_tail(cell)}")
-        else:
-          shown = "  ".join(f"{name} {x:.4g}" for name, x in values.items())
-          left = len(waiting) + len(running)
-          _say(f"{cell.name}: {shown}  ({cell.seconds():.0f} s; {left} cells left)")
-        steps[cell] = cell.step()
-      steps |= {cell: cell.step() for cell in running}
-      bar.n = sum(steps.values())
-      bar.set_postfix_str(" ".join(cell.name for cell in running), refresh=True)
-  return failed
-
-
 def collect(
-  table: types.ModuleType, cells: Sequence[Cell], *, scale: str, command: str
-) -> tuple[str, dict[str, Any], dict[str, tables.Comparison]]:
+  table: Table,
+  cells: Sequence[Cell],
+  *,
+  scale: str,
+  command: str,
+  rows: Sequence[str] = (),
+) -> tuple[str, dict[str, Any], tables.Columns]:
   """Makes the table from the cells that are finished.
 
   Returns:
-    Its Markdown, what goes into its JSON, and the comparisons by row.
+    Its Markdown, what goes into its JSON, and the comparisons.
 
   Raises:
     ValueError: no cell of the base row is finished.
   """
-  names = _names(table)
-  found = {cell: values for cell in cells if (values := cell.values(names)) is not None}
-  rows = list(dict.fromkeys(cell.row for cell in cells))
-  ours = {
-    name: {row: {c.seed: v[name] for c, v in found.items() if c.row == row} for row in rows}
-    for name in names
+  found = {cell: values for cell in cells if (values := cell.values()) is not None}
+  selected = table.select(rows)
+  seeds = {
+    name: {cell.seed: cell for cell in found if cell.run == row.run}
+    for name, row in selected.items()
   }
-  if not ours[names[0]][table.BASE]:
+  if not seeds[table.base]:
     raise ValueError(
-      f"no seed of {table.BASE!r}, the row that others are compared with, is finished; run it."
+      f"no seed of {table.base!r}, the row that others are compared with, is finished; run it."
     )
-  expected = {row: table.ROWS[row]["expected"] for row in rows}
-  column = table.METRIC["paper"]
-  comparisons = {
-    name: tables.compare(
-      {row: x.get(column) for row, x in expected.items()} if name == names[0] else {},
-      ours[name],
-      table.BASE,
+  columns = {
+    column: tables.compare(
+      {name: row.expected.get(column) for name, row in selected.items()},
+      {
+        name: {seed: found[cell][row.metrics[column]] for seed, cell in seeds[name].items()}
+        if column in row.metrics
+        else {}
+        for name, row in selected.items()
+      },
+      {name: row.base for name, row in selected.items()},
     )
-    for name in names
+    for column in table.metrics
   }
-
-  about = {row: table.ROWS[row]["about"] for row in rows}
   missing = [cell.name for cell in cells if cell not in found]
-  num_seeds = len({cell.seed for cell in cells})
-  parts = [
-    f"# {table.TITLE}\n\n",
-    f"Scale `{scale}`. {table.SCALES[scale]}\n\n",
-    f"Ours: mean ± half of the 95 % t-interval over {num_seeds} seeds. Ratios and differences "
-    f"are to `{table.BASE}`, seed by seed. Made by\n\n```\n{command}\n```\n\n",
-    f"**Not finished: {', '.join(missing)}.**\n\n" if missing else "",
-    tables.markdown(comparisons[names[0]], about, column, names[0]),
+  text = _text(table, selected, columns, scale, command, missing, len({c.seed for c in cells}))
+  base_run = selected[table.base].run
+  data = dict(
+    title=table.title,
+    scale=scale,
+    about=table.scales[scale],
+    base=table.base,
+    command=command,
+    metrics=dict(table.metrics),
+    missing=missing,
+    rows={
+      name: dict(
+        about=row.about,
+        run=row.run,
+        base=row.base,
+        metrics=dict(row.metrics),
+        paper=dict(row.expected),
+        seeds={
+          seed: {m: found[cell][m] for m in dict.fromkeys(row.metrics.values())}
+          | {"seconds": cell.seconds()}
+          for seed, cell in seeds[name].items()
+        },
+        ours={column: dataclasses.asdict(c[name]) for column, c in columns.items()},
+      )
+      for name, row in selected.items()
+    },
+    **_configs(cells, base_run),
+    environments=cells_lib.environments(list(found)),
+  )
+  return text, data, columns
+
+
+def _text(
+  table: Table,
+  rows: Mapping[str, Row],
+  columns: tables.Columns,
+  scale: str,
+  command: str,
+  missing: Sequence[str],
+  num_seeds: int,
+) -> str:
+  """The table as Markdown."""
+  about = {name: row.about for name, row in rows.items()}
+  bases = {name: row.base for name, row in rows.items() if row.base not in (name, table.base)}
+  others = "".join(f", of `{name}` to `{base}`" for name, base in bases.items())
+  changed = [
+    f"`{name}` is {', '.join(f'`{row.metrics.get(c)}` in {c}' for c in differing)}"
+    for name, row in rows.items()
+    if (differing := [c for c in table.metrics if row.metrics.get(c) != table.metrics[c]])
   ]
-  if table.ALSO:
-    parts += ["\n## Also measured\n\n", _also(table, {n: comparisons[n] for n in table.ALSO})]
-  if others := [c for c in next(iter(expected.values())) if c != column]:
+  parts = [
+    f"# {table.title}\n\n",
+    f"Scale `{scale}`. {table.scales[scale]}\n\n",
+    f"Ours: mean ± half of the 95 % t-interval over {num_seeds} seeds. Ratios and differences "
+    f"are to `{table.base}`{others}, seed by seed. Made by\n\n```\n{command}\n```\n\n",
+    f"**Not finished: {', '.join(missing)}.**\n\n" if missing else "",
+    tables.markdown(columns, about, table.metrics),
+    f"\nOf ours, {'; '.join(changed)}.\n".replace("`None`", "not measured") if changed else "",
+  ]
+  known = dict.fromkeys(c for row in rows.values() for c in row.expected)
+  if others := [c for c in known if c not in table.metrics]:
     parts += [
       "\n## In the paper only\n\n",
       tables.markdown_table(
         ("row", *others),
         (
-          (f"`{row}`", *("–" if x.get(c) is None else f"{x[c]:g}" for c in others))
-          for row, x in expected.items()
+          (f"`{name}`", *(tables.paper_figure(row.expected.get(c)) for c in others))
+          for name, row in rows.items()
         ),
       ),
     ]
-
-  data = dict(
-    title=table.TITLE,
-    scale=scale,
-    about=table.SCALES[scale],
-    base=table.BASE,
-    command=command,
-    metric=dict(table.METRIC),
-    missing=missing,
-    rows={
-      row: dict(
-        about=about[row],
-        paper=expected[row],
-        seeds={
-          c.seed: values | {"seconds": c.seconds()} for c, values in found.items() if c.row == row
-        },
-        ours={name: dataclasses.asdict(comparisons[name][row]) for name in names},
-      )
-      for row in rows
-    },
-    **_configs(cells, table.BASE),
-    environments=_environments(found),
-  )
-  return "".join(parts), data, comparisons[names[0]]
+  return "".join(parts)
 
 
 def save(
@@ -315,15 +341,15 @@ def save(
   stem: str,
   text: str,
   data: Mapping[str, Any],
-  comparisons: Mapping[str, tables.Comparison],
+  columns: tables.Columns,
+  axis: tables.Axis | None = None,
 ) -> list[pathlib.Path]:
   """Writes `<stem>.md`, `.json` and `.png`."""
   directory.mkdir(parents=True, exist_ok=True)
   paths = [directory / f"{stem}{suffix}" for suffix in (".md", ".json", ".png")]
   paths[0].write_text(text, "utf-8")
   paths[1].write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", "utf-8")
-  names = (f"paper: {data['metric']['paper']}", f"ours: {data['metric']['ours']}")
-  tables.plot(paths[2], comparisons, f"{data['title']} ({data['scale']} scale)", names)
+  tables.plot(paths[2], columns, f"{data['title']} ({data['scale']} scale)", axis)
   return paths
 
 
@@ -340,28 +366,27 @@ def main(argv: list[str]) -> None:
 
 
 def _main(overrides: list[str]) -> list[Cell]:
-  path = pathlib.Path(flags.FLAGS.config)
   table = load(flags.FLAGS.config)
-  size = f"{flags.FLAGS.scale}_smoke" if flags.FLAGS.smoke else flags.FLAGS.scale
-  paper = path.absolute().parent.name
-  workdir = pathlib.Path(flags.FLAGS.workdir or f"runs/{paper}_{path.stem}_{size}")
+  scale, rows = flags.FLAGS.scale, flags.FLAGS.rows
+  size = f"{scale}_smoke" if flags.FLAGS.smoke else scale
+  workdir = pathlib.Path(flags.FLAGS.workdir or f"runs/{table.paper}_{table.runs}_{size}")
   cells = make_cells(
     table,
     workdir,
-    scale=flags.FLAGS.scale,
+    scale=scale,
     seeds=flags.FLAGS.seeds,
-    rows=flags.FLAGS.rows,
+    rows=rows,
     smoke=flags.FLAGS.smoke,
     overrides=overrides,
   )
-  failed = [] if flags.FLAGS.collect_only else run(cells, _names(table), flags.FLAGS.num_workers)
+  failed = [] if flags.FLAGS.collect_only else cells_lib.run(cells, flags.FLAGS.num_workers)
   # What a smoke run measures is no result.
   output = flags.FLAGS.output or (workdir if flags.FLAGS.smoke else "experiments/results")
-  stem = path.stem if flags.FLAGS.scale == "small" else f"{path.stem}_{flags.FLAGS.scale}"
+  stem = table.path.stem if scale == "small" else f"{table.path.stem}_{scale}"
   command = f"python -m experiments.tables {shlex.join(_shown_flags(overrides))}"
-  text, data, comparisons = collect(table, cells, scale=flags.FLAGS.scale, command=command)
+  text, data, columns = collect(table, cells, scale=scale, command=command, rows=rows)
   print(text)
-  print(*save(pathlib.Path(output) / paper, stem, text, data, comparisons))
+  print(*save(pathlib.Path(output) / table.paper, stem, text, data, columns, table.axis))
   return failed
 
 
@@ -377,140 +402,20 @@ def _shown_flags(overrides: Sequence[str]) -> list[str]:
   return shown + flags.FLAGS.smoke * ["--smoke"] + (["--", *overrides] if overrides else [])
 
 
-def _names(table: types.ModuleType) -> list[str]:
-  return [table.METRIC["ours"], *table.ALSO]
-
-
-def _also(
-  table: types.ModuleType, comparisons: Mapping[str, Mapping[str, tables.Comparison]]
-) -> str:
-  header = ["row", *(f"{name}{what}" for name in comparisons for what in ("", ", ratio"))]
-  text = lambda x: "–" if x is None else x.text()
-  rows = next(iter(comparisons.values()))
-  return tables.markdown_table(
-    header,
-    (
-      [f"`{row}`", *(text(x) for c in comparisons.values() for x in (c[row].ours, c[row].ratio))]
-      for row in rows
-    ),
-  )
-
-
 def _configs(cells: Sequence[Cell], base: str) -> dict[str, Any]:
-  """The base row's config, and what each other row changes of it, at the first seed."""
-  first = {cell.row: cell.config for cell in reversed(cells)}
+  """The base row's config, and what each other run changes of it, at the first seed."""
+  first = {cell.run: cell.config for cell in reversed(cells)}
   whole = json.loads(first.pop(base).to_json())
+  flat_base = cells_lib.flat(whole)
   changes = {
-    row: {
+    run: {
       k: v
-      for k, v in _flat(json.loads(config.to_json())).items()
-      if _flat(whole).get(k, ...) != v and not k.startswith("expected.")
+      for k, v in cells_lib.flat(json.loads(config.to_json())).items()
+      if flat_base.get(k, ...) != v and not k.startswith("expected.")
     }
-    for row, config in first.items()
+    for run, config in first.items()
   }
   return {"config": whole, "config_changes": dict(reversed(changes.items()))}
-
-
-def _environments(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-  """Where cells were run, each place once."""
-  places: dict[str, list[str]] = {}
-  for cell in cells:
-    path = cell.workdir / "environment.json"
-    places.setdefault(path.read_text() if path.exists() else "{}", []).append(cell.name)
-  return [json.loads(text) | {"cells": names} for text, names in places.items()]
-
-
-def _environment() -> dict[str, Any]:
-  """Versions, device and commit that the cells will run on."""
-  probe = subprocess.run([sys.executable, "-c", _ENVIRONMENT], capture_output=True, text=True)
-  if probe.returncode:
-    raise ValueError(f"jax does not start here: {probe.stderr.strip().splitlines()[-1]}")
-  return json.loads(probe.stdout) | {"commit": _commit()}
-
-
-def _commit() -> str | None:
-  """The checkout's commit, marked where files differ from it; `None` outside of one."""
-  git = lambda *args: subprocess.run(
-    ["git", *args], cwd=pathlib.Path(__file__).parent, capture_output=True, text=True
-  )
-  try:
-    commit, status = git("rev-parse", "HEAD"), git("status", "--porcelain", "-uno")
-  except FileNotFoundError:
-    return None
-  if commit.returncode:
-    return None
-  return commit.stdout.strip() + ("+changes" if status.stdout.strip() else "")
-
-
-def _parse(argument: str, overrides: Sequence[str]) -> ml_collections.ConfigDict:
-  """The config that the trainer makes of these flags."""
-  argv = ["tables", f"--config={argument}", *overrides]
-  values = flags.FlagValues()
-  config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
-  try:
-    values(argv)
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
-    raise ValueError(f"{shlex.join(argv[1:])}: {e}") from e
-  return values["config"].value
-
-
-def _start(cell: Cell, environment: Mapping[str, Any], num_threads: int | None) -> subprocess.Popen:
-  cell.workdir.mkdir(parents=True, exist_ok=True)
-  (cell.workdir / "environment.json").write_text(json.dumps(environment) + "\n")
-  env = dict(os.environ)
-  if num_threads:
-    # NPROC is the size of XLA's thread pools on a CPU.
-    env |= {name: str(num_threads) for name in ("NPROC", "OMP_NUM_THREADS")}
-    if num_threads == 1:
-      env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false"
-  command = [
-    sys.executable,
-    "-m",
-    "experiments.train",
-    f"--config={cell.argument}",
-    f"--workdir={cell.workdir}",
-    *cell.overrides,
-  ]
-  with (cell.workdir / "log.txt").open("a") as log:
-    # A group of its own: Ctrl-C reaches this process alone, which then lets the cell save.
-    return subprocess.Popen(
-      command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-    )
-
-
-@contextlib.contextmanager
-def _terminating(running: Mapping[Any, subprocess.Popen]) -> Iterator[None]:
-  """Lets running cells save and leave when this process is told to stop, or fails."""
-  stop = lambda number, _: sys.exit(128 + number)
-  previous = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGHUP)}
-  try:
-    yield
-  finally:
-    for process in running.values():
-      process.terminate()
-    for process in running.values():
-      process.wait()
-    for s, handler in previous.items():
-      signal.signal(s, handler)
-
-
-def _tail(cell: Cell) -> str:
-  lines = (cell.workdir / "log.txt").read_text(errors="replace").strip().splitlines()
-  errors = [line for line in lines if "Error" in line]
-  return " ".join((errors or lines)[-1:]) or "it said nothing"
-
-
-def _say(text: str) -> None:
-  tqdm.tqdm.write(text, file=sys.stderr)
-
-
-def _flat(x: Any, path: str = "") -> dict[str, Any]:
-  """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
-  if not isinstance(x, dict):
-    return {path: x}
-  return {
-    k: v for name, y in x.items() for k, v in _flat(y, f"{path}.{name}" if path else name).items()
-  }
 
 
 def _define_flags() -> None:
@@ -520,7 +425,7 @@ def _define_flags() -> None:
   flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of each row.")
   flags.DEFINE_list("rows", [], "Rows to run, beside the base row; all of them if empty.")
   flags.DEFINE_bool("smoke", False, "Runs of seconds; results stay in the workdir.")
-  flags.DEFINE_string("workdir", None, "Folder of the runs; runs/<paper>_<stem>_<scale>.")
+  flags.DEFINE_string("workdir", None, "Folder of the runs; runs/<paper>_<RUNS>_<scale>.")
   flags.DEFINE_string("output", None, "Folder of the results; experiments/results.")
   flags.DEFINE_bool("collect_only", False, "Run nothing; use what is finished.")
   flags.DEFINE_integer(

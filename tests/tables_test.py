@@ -6,16 +6,21 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
+import ml_collections
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
+from experiments import cells as cells_lib
 from experiments import tables as binary
 from latentlab.eval import tables
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = ROOT / "experiments/configs/retnet/table6_ablations.py"
 NAMES = ["validation/perplexity", "validation_4x/perplexity"]
+COLUMNS = ["In-domain", "windows four times as long"]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +64,8 @@ def test_an_estimate_is_a_t_interval():
   got = tables.Estimate.of(x)
   assert got.mean == pytest.approx(np.mean(x)) and got.num_seeds == 3
   assert got.half_width == pytest.approx(4.302653 * np.std(x, ddof=1) / math.sqrt(3), rel=1e-6)
-  assert got.text("+.2f") == "+8.27 ± 0.38"
+  assert got.text("+") == "+8.267 ± 0.379"
+  assert tables.Estimate(1e300, 2e5, 3).text() == "1e+300 ± 2e+05"
   assert tables.Estimate.of([2.0]) == tables.Estimate(2.0, None, 1)
   assert tables.Estimate.of([]) is None
 
@@ -76,7 +82,7 @@ def test_differences_are_paired_over_the_seeds_that_both_have():
     "never": {},
   }
   paper = {"base": 5.0, "worse": 6.0, "better": 6.0, "same": 6.0, "once": 6.0, "new": None}
-  got = tables.compare(paper, ours, "base")
+  got = tables.compare(paper, ours, dict.fromkeys(ours, "base"))
   assert [c.verdict for c in got.values()] == [
     "",
     "reproduces",
@@ -96,6 +102,138 @@ def test_differences_are_paired_over_the_seeds_that_both_have():
   assert text.startswith("1 of 4 directions reproduce") and "opposite: `better`" in text
 
 
+def test_rows_have_base_rows_of_their_own():
+  ours = {"a": {0: 1.0, 1: 2.0}, "b": {0: 4.0, 1: 8.0}, "c": {0: 2.0, 1: 4.0}, "d": {0: -1.0}}
+  paper = {"a": 1.0, "b": 1.0, "c": 3.0}
+  got = tables.compare(paper, ours, {"a": "a", "b": "a", "c": "b", "d": "d"})
+  assert got["a"].ratio is got["a"].difference is got["d"].ratio is None
+  assert got["b"].ratio.mean == 4.0 and got["c"].ratio.mean == 0.5
+  assert got["b"].verdict == "" and got["b"].paper_ratio == 1.0  # The paper has no direction.
+  assert got["c"].paper_ratio == 3.0 and got["c"].verdict == "undecided"
+  # A ratio to what is not positive says nothing; a difference does.
+  assert tables.compare({}, {"x": {0: 1.0}, "d": ours["d"]}, {"x": "d", "d": "d"})[
+    "x"
+  ] == tables.Comparison(
+    None, None, tables.Estimate(1.0, None, 1), None, tables.Estimate(2.0, None, 1), ""
+  )
+
+
+def _module(**changes):
+  """A table's config file: two lengths, three rows of two runs."""
+  module = types.ModuleType("table")
+  fields = dict(
+    __file__="configs/paper/table.py",
+    TITLE="Lengths",
+    BASE="a",
+    METRICS={"1024": "x1/perplexity", "2048": "x2/perplexity"},
+    SCALES={"small": "A small one."},
+    ROWS={
+      "a": dict(about="first", expected={"1024": 10.0, "2048": 9.0, "4096": 8.0}),
+      "b": dict(about="second", expected={"1024": 11.0, "2048": 100.0}),
+      "b_blocks": dict(
+        about="second, in blocks",
+        expected={"2048": 12.0},
+        run="b",
+        metrics={"1024": None, "2048": "x2_blocks/perplexity"},
+        base="b",
+      ),
+    },
+    AXIS=dict(name="length", values={"2048": 2.0, "1024": 1.0}, log=True),
+    get_config=lambda arg: None,
+  )
+  vars(module).update(fields | changes)
+  return module
+
+
+def _cell(tmp_path, run, seed, values):
+  """A cell that is finished, but for its files."""
+  workdir = tmp_path / run / f"seed{seed}"
+  config = ml_collections.ConfigDict(dict(train_steps=1, evals={}, run=run))
+  cell = cells_lib.Cell(run, seed, tuple(values), "", (), config, workdir)
+  object.__setattr__(cell, "values", lambda: values)
+  object.__setattr__(cell, "seconds", lambda: 1.0)
+  return cell
+
+
+def test_rows_that_share_a_run_differ_in_what_is_measured(tmp_path):
+  table = binary.describe(_module())
+  assert table.rows["b_blocks"].metrics == {"2048": "x2_blocks/perplexity"}
+  cells = []
+  for seed, noise in enumerate((0.0, 0.1, 0.05)):
+    cells.append(
+      _cell(tmp_path, "a", seed, {"x1/perplexity": 5 + noise, "x2/perplexity": 4 + noise})
+    )
+    b = {"x1/perplexity": 6.0 + noise, "x2/perplexity": 60 + noise, "x2_blocks/perplexity": 5.5}
+    cells.append(_cell(tmp_path, "b", seed, b))
+  text, data, columns = binary.collect(table, cells, scale="small", command="made so")
+  assert list(columns) == ["1024", "2048"]
+  assert columns["1024"]["b_blocks"].ours is None
+  assert columns["2048"]["b_blocks"].ratio.mean == pytest.approx(5.5 / 60, rel=1e-2)
+  assert columns["2048"]["b_blocks"].paper_ratio == 0.12
+  assert columns["2048"]["b_blocks"].verdict == columns["2048"]["b"].verdict == "reproduces"
+  lines = text.splitlines()
+  assert "| row | 1024: paper | ours | 2048: paper | ours |" in lines
+  assert "| `b_blocks`: second, in blocks | – | – | 12 | 5.500 ± 0.000 |" in lines
+  assert "are to `a`, of `b_blocks` to `b`, seed by seed" in text
+  assert "`b_blocks` is not measured in 1024, `x2_blocks/perplexity` in 2048" in text
+  assert "| row | 4096 |" in lines and "| `a` | 8 |" in lines  # In the paper only.
+  assert data["rows"]["b_blocks"]["seeds"][0] == {"x2_blocks/perplexity": 5.5, "seconds": 1.0}
+  assert data["config_changes"] == {"b": {"run": "b"}}
+  paths = binary.save(tmp_path / "results", "table", text, data, columns, table.axis)
+  assert paths[2].read_bytes().startswith(b"\x89PNG")
+
+
+def _drawn(monkeypatch, tmp_path, columns, axis):
+  """The panels of a picture."""
+  figures = []
+  save = Figure.savefig
+  monkeypatch.setattr(Figure, "savefig", lambda f, *a, **k: (figures.append(f), save(f, *a, **k)))
+  tables.plot(tmp_path / "x.png", columns, "title", axis)
+  return figures[0].axes
+
+
+def _comparisons(**rows):
+  ours = {row: {0: x, 1: x + 0.1} for row, (_, x) in rows.items()}
+  paper = {row: p for row, (p, _) in rows.items()}
+  return tables.compare(paper, ours, dict.fromkeys(rows, "a"))
+
+
+def test_draws_lines_over_an_axis_and_ratios_without(monkeypatch, tmp_path):
+  columns = {
+    "4": _comparisons(a=(20.0, 3.0), b=(10.0, 4.0)),
+    "1": _comparisons(a=(30.0, 5.0), b=(None, 6.0)),
+    "mean": _comparisons(a=(None, 1.0), b=(None, 1.0)),
+  }
+  axis = tables.Axis("length", {"4": 4.0, "1": 1.0}, log=True, log_figures=True)
+  paper, ours = _drawn(monkeypatch, tmp_path, columns, axis)
+  points = lambda axes: [c.lines[0].get_xydata().tolist() for c in axes.containers]
+  assert points(paper) == [[[1, 30], [4, 20]], [[4, 10]]]
+  assert np.allclose(points(ours), [[[1, 5.05], [4, 3.05]], [[1, 6.05], [4, 4.05]]])
+  assert (ours.get_xscale(), ours.get_yscale(), ours.get_xlabel()) == ("log", "log", "length")
+  panels = _drawn(monkeypatch, tmp_path, columns, None)
+  assert [axes.get_title() for axes in panels] == ["4", "1", "mean"]
+  assert [len(axes.containers) for axes in panels] == [2, 1, 1]
+  assert points(panels[0])[0] == [[0.5, -0.12]]  # The paper's b over its a.
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    (dict(BASE="c"), r"the base rows \['c'\] are none of ROWS"),
+    (dict(METRICS={"1024": "perplexity"}, ROWS={}), r"the base rows \['a'\]"),
+    (dict(METRICS={"1024": "x", "2048": "y"}), "metrics .* are not of the form"),
+    (dict(METRICS={"1024": "x1/perplexity"}), r"row 'b_blocks' has metrics of \['2048'\]"),
+    (dict(ROWS={"a": dict(about="")}), r"row 'a' has no \['expected'\]"),
+    (dict(AXIS=dict(values={})), "AXIS does not have the fields of an axis .*'name'"),
+    (dict(AXIS=dict(name="", values={"4096": 3.0})), r"columns of AXIS, \['4096'\]"),
+  ],
+  ids=str,
+)
+def test_tables_that_contradict_themselves(changes, message):
+  with pytest.raises(ValueError, match=message):
+    binary.describe(_module(**changes))
+
+
 def test_collects_what_is_finished(table, tmp_path):
   cells = binary.make_cells(
     table,
@@ -111,18 +249,19 @@ def test_collects_what_is_finished(table, tmp_path):
   for cell, x in zip(cells[:5], (8.0, 9.0, 10.0, 8.2, 9.3), strict=True):
     _finish(cell, x, x + 1)
   (cells[0].workdir / "environment.json").write_text('{"jax": "0.0"}')
-  text, data, comparisons = binary.collect(table, cells, scale="small", command="made so")
+  rows = ["no_gate", "no_decay"]
+  text, data, columns = binary.collect(table, cells, scale="small", command="made so", rows=rows)
   assert "Not finished: no_decay/seed1" in text and data["missing"] == ["no_decay/seed1"]
   assert "| `no_gate`: no swish gate" in text and "made so" in text and "| 49.44 |" in text
   gate = data["rows"]["no_gate"]
   assert gate["paper"]["In-domain"] == 27.84
   assert gate["seeds"][1] == {NAMES[0]: 9.3, NAMES[1]: 10.3, "seconds": pytest.approx(3.7)}
-  assert gate["ours"][NAMES[0]]["ratio"]["mean"] == pytest.approx((9 / 8 + 9.3 / 8.2) / 2)
-  assert gate["ours"][NAMES[1]]["paper"] is None
+  assert gate["ours"][COLUMNS[0]]["ratio"]["mean"] == pytest.approx((9 / 8 + 9.3 / 8.2) / 2)
+  assert gate["ours"][COLUMNS[1]]["paper"] is None
   assert data["config"]["model"]["name"] == "retnet"
   assert data["config_changes"]["no_decay"] == {"model.decay": "one"}
   assert [e["cells"] for e in data["environments"]][0] == ["retnet/seed0"]
-  paths = binary.save(tmp_path / "results", "table6", text, data, comparisons)
+  paths = binary.save(tmp_path / "results", "table6", text, data, columns)
   assert [p.name for p in paths] == ["table6.md", "table6.json", "table6.png"]
   assert json.loads(paths[1].read_text())["rows"].keys() == {"retnet", "no_gate", "no_decay"}
   assert paths[2].read_bytes().startswith(b"\x89PNG")
@@ -134,6 +273,18 @@ def test_does_not_mix_configs(table, tmp_path):
   make(smoke=True)
   with pytest.raises(ValueError, match=r"another config \(.*train_steps: 8 there, 1200 asked for"):
     make()
+
+
+def test_a_metric_needs_an_evaluation(tmp_path):
+  path = tmp_path / "table.py"
+  path.write_text(CONFIG.read_text().replace("validation_4x/perp", "validation_8x/perp"))
+  with pytest.raises(ValueError, match="no evaluation for the metric 'validation_8x/perplexity'"):
+    binary.make_cells(binary.load(str(path)), tmp_path, scale="small", seeds=["0"])
+
+
+def test_tables_of_one_name_share_their_runs(monkeypatch):
+  assert binary.describe(_module()).runs == "table"
+  assert binary.describe(_module(RUNS="lengths")).runs == "lengths"
 
 
 def test_needs_the_base_row(table, tmp_path):
