@@ -120,7 +120,7 @@ def test_biases_and_slopes():
   ],
   ids=["alibi", "rope", "xpos"],
 )
-def test_padding_on_either_side_changes_nothing(encode):
+def test_lex_10_padding_on_either_side_changes_nothing(encode):
   args = [jnp.asarray(x, jnp.float32) for x in _inputs(dim=4)]
 
   @jax.jit
@@ -179,44 +179,135 @@ def test_gradients_match_float64_autodiff_and_survive_blind_rows():
     np.testing.assert_allclose(a, b, atol=2e-5)
 
 
-def _xpos(q, k, q_positions, k_positions):
-  return (
-    ops.apply_xpos(q, q_positions, role="query", scale_base=4),
-    ops.apply_xpos(k, k_positions, role="key", scale_base=4),
-  )
+BLOCK = 3
+LENGTHS = [1, 3, 6, 7, 23]  # A block, two, a token more, and three pairs with a rest.
+DECAY = ops.xpos_decay(4, scale_base=4)
 
 
-@pytest.mark.parametrize("length", [1, 3, 6, 7, 23])
-def test_blockwise_causal_equals_windows_with_their_own_positions(length):
-  """xPos section 4: queries of block b over the two blocks up to theirs, positions from zero."""
-  h = 3
-  args = [jnp.asarray(x, jnp.float32) for x in _inputs(2, length, length, 2, 2, 4)]
-
-  @functools.partial(jax.jit, static_argnums=3)
-  def masked(q, k, v, mask):
-    p = jnp.arange(length)[None]
-    return ops.attention(*_xpos(q, k, p, p), v, mask=mask)
-
-  @jax.jit
-  def windowed(q, k, v):
-    blocks, local = -(-length // h), jnp.arange(2 * h)[None]
-    pad = lambda x, left: jnp.pad(x, ((0, 0), (left, blocks * h - length), (0, 0), (0, 0)))
-    outs = []
-    for b in range(blocks):
-      k_b, v_b = (pad(x, h)[:, b * h : (b + 2) * h] for x in (k, v))
-      q_b, k_b = _xpos(pad(q, 0)[:, b * h : (b + 1) * h], k_b, local[:, h:], local)
-      valid = jnp.broadcast_to(local + (b - 1) * h >= 0, (2, 2 * h))
-      outs.append(ops.attention(q_b, k_b, v_b, positions=local[:, h:], kv_valid=valid))
-    return jnp.concatenate(outs, 1)[:, :length]
-
-  got = masked(*args, Mask("blockwise_causal", h))
-  np.testing.assert_allclose(got, windowed(*args), atol=1e-5)
-  causal = np.allclose(got, masked(*args, Mask("causal")), atol=1e-5)
-  assert causal == (length <= 2 * h)
+def _xpos_scores(q, k, positions=None):
+  """Scores of xPos in float64 by complex numbers: rotation and decay of the distance alone."""
+  t = np.arange(q.shape[1]) if positions is None else positions
+  theta = 10000.0 ** -(np.arange(2) / 2)
+  q, k = (x[..., 0::2] + 1j * x[..., 1::2] for x in (q, np.repeat(k, q.shape[2] // k.shape[2], 2)))
+  gap = np.maximum(t[:, None] - t, 0)[..., None]  # Hidden pairs must not overflow.
+  factor = np.exp(gap * (DECAY[0::2] - 1j * theta)).conj()
+  return np.einsum("BTNP,BSNP,TSP->BNTS", q, k.conj(), factor).real
 
 
-def test_blockwise_causal_equals_a_cache_that_drops_half_before_it_overflows():
-  h, length = 3, 23
+def _attend(scores, v, visible):
+  """Softmax over what is visible, in float64."""
+  visible = np.broadcast_to(visible, scores[:, 0].shape)[:, None]
+  weights = np.where(visible, np.exp(scores), 0)
+  weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
+  return np.einsum("BNTS,BSNV->BTNV", weights, np.repeat(v, scores.shape[1] // v.shape[2], 2))
+
+
+def _rotated(q, k):
+  positions = jnp.arange(q.shape[1])[None]
+  return [ops.apply_rope(jnp.asarray(x, jnp.float32), positions) for x in (q, k)]
+
+
+def _seen_in_blocks(length, size=BLOCK):
+  t = np.arange(length)
+  return (t <= t[:, None]) & (t[:, None] // size - t // size <= 1)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_lex_05_blocks_in_place_are_the_mask(length):
+  """Windows of two blocks, one after another in the batch, against xPos's own formulas."""
+  q, k, v = _inputs(2, length, length, 4, 2, 4)
+  mask = Mask("blockwise_causal", BLOCK)
+  run = jax.jit(lambda *a, **o: ops.attention(*a, mask=mask, decay=DECAY, **o))
+  rotated = _rotated(q, k)
+  got = run(*rotated, jnp.asarray(v, jnp.float32))
+  scores = _xpos_scores(q, k)
+  np.testing.assert_allclose(got, _attend(scores, v, _seen_in_blocks(length)), atol=1e-5)
+  # Positions that say what places said before: all scores at once.
+  positions = jnp.arange(length)[None]
+  written_out = run(*rotated, jnp.asarray(v, jnp.float32), positions=positions)
+  np.testing.assert_allclose(got, written_out, atol=1e-5)
+  causal = _attend(scores, v, np.tri(length, dtype=bool))
+  assert np.allclose(got, causal, atol=1e-5) == (length <= 2 * BLOCK)
+
+
+@pytest.mark.parametrize("options", ["valid", "slopes", "key_bias", "documents", "all"])
+def test_lex_05_blocks_with_padding_biases_and_documents(options):
+  length, mask = 23, Mask("blockwise_causal", BLOCK)
+  q, k, v = _inputs(2, length, length, 4, 2, 4)
+  given, bias, visible = {}, 0.0, _seen_in_blocks(length)[None]
+  t = np.arange(length)
+  if options in ("valid", "all"):
+    given["kv_valid"] = jnp.asarray(t < np.array([[13], [length]]))
+    visible = visible & np.asarray(given["kv_valid"])[:, None]
+  if options in ("slopes", "all"):
+    given["slopes"] = ops.alibi_slopes(4)
+    bias = bias - np.asarray(given["slopes"])[:, None, None] * (t[:, None] - t)
+  if options in ("key_bias", "all"):
+    given["key_bias"] = jnp.asarray(np.random.default_rng(1).normal(size=(1, length)), jnp.float32)
+    bias = bias + np.asarray(given["key_bias"])[:, None, None]
+  if options in ("documents", "all"):  # Blocks begin with the document.
+    ids = np.array([[1] * 5 + [2] * 14 + [3] * 4, [1] * length])
+    inside = np.array([[*range(5), *range(14), *range(4)], range(length)])
+    blocks = inside // BLOCK
+    near = blocks[:, :, None] - blocks[:, None, :] <= 1
+    visible = (t <= t[:, None]) & near & (ids[:, :, None] == ids[:, None, :])
+    if "kv_valid" in given:
+      visible &= np.asarray(given["kv_valid"])[:, None]
+    given["segment_ids"] = jnp.asarray(ids)
+  op = jax.jit(lambda *a, **o: ops.attention(*a, mask=mask, decay=DECAY, **o))
+  got = op(*_rotated(q, k), jnp.asarray(v, jnp.float32), **given)
+  want = _attend(_xpos_scores(q, k) + bias, v, visible)
+  np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_lex_05_every_gradient_of_blocks_is_that_of_the_mask():
+  length = 23
+  q, k, v = _inputs(2, length, length, 4, 2, 4)
+  q, k = _rotated(q, k)
+  weights = jnp.asarray(np.random.default_rng(2).normal(size=(2, length, 4, 4)), jnp.float32)
+
+  def loss(q, k, v, positions, documents):
+    ids = jnp.arange(length)[None].repeat(2, 0) // 8 if documents else None
+    inside = None if positions is None else positions % 8 if documents else positions
+    options = dict(positions=inside, kv_positions=inside, segment_ids=ids)
+    mask = Mask("blockwise_causal", BLOCK)
+    out, lse = ops.attention(q, k, v, mask=mask, decay=DECAY, return_lse=True, **options)
+    return jnp.sum(out * weights) + jnp.sum(lse * weights[..., 0])
+
+  grad = jax.jit(jax.grad(loss, (0, 1, 2)), static_argnums=4)
+  for documents in (False, True):
+    args = q, k, jnp.asarray(v[..., :4], jnp.float32)
+    got, want = (grad(*args, p, documents) for p in (None, jnp.arange(length)[None]))
+    for a, b in zip(got, want, strict=True):
+      np.testing.assert_allclose(a, b, atol=2e-5)
+      assert np.abs(b).max() > 0.1
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_lex_05_blocks_cost_what_they_see(documents):
+  """No square of scores; flops and memory grow as the length does."""
+
+  def compiled(length):
+    x = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
+    ids = jax.ShapeDtypeStruct((1, length), jnp.int32) if documents else None
+    op = lambda q, k, v, ids: ops.attention(
+      q, k, v, mask=Mask("blockwise_causal", 64), segment_ids=ids, decay=ops.xpos_decay(16)
+    )
+    return jax.jit(op).lower(x, x, x, ids).compile()
+
+  short, long = compiled(1024), compiled(4096)
+  assert "4096,4096" not in long.as_text()
+  flops = [c.cost_analysis()["flops"] for c in (short, long)]
+  assert 3.5 < flops[1] / flops[0] < 4.5
+  # Two products of 64 queries and their keys per block, and what the softmax adds.
+  keys = 192 if documents else 128
+  assert flops[1] < 1.6 * 2 * 2 * 4096 * keys * 2 * 16
+  memory = [c.memory_analysis().temp_size_in_bytes for c in (short, long)]
+  assert memory[1] < 5 * memory[0]
+
+
+def test_lex_05_blocks_equal_a_list_that_drops_half_before_it_overflows():
+  h, length = BLOCK, 23
   q, k, v = (jnp.asarray(x, jnp.float32) for x in _inputs(1, length, length, 2, 2, 4))
   want = jax.jit(lambda *a: ops.attention(*a, mask=Mask("blockwise_causal", h)))(q, k, v)
   step = jax.jit(lambda *a, valid: ops.attention(*a, mask=Mask("full"), kv_valid=valid))
@@ -227,6 +318,114 @@ def test_blockwise_causal_equals_a_cache_that_drops_half_before_it_overflows():
     valid = jnp.asarray(np.arange(2 * h)[None] < len(cache))
     out = step(q[:, t : t + 1], k[:, slots], v[:, slots], valid=valid)
     np.testing.assert_allclose(out[:, 0], want[:, t], atol=1e-5)
+
+
+@pytest.mark.parametrize("mask", [Mask("sliding_window", 5), Mask("blockwise_causal", 4)], ids=str)
+@pytest.mark.parametrize("start, length", [(0, 3), (2, 9), (17, 21)])
+def test_lex_05_windows_over_older_keys_are_the_mask(mask, start, length):
+  """Rows of different age, with as many older keys as the mask reaches."""
+  reach = mask.reach
+  q, k, v = _inputs(2, length, reach + length, 2, 2, 4)
+  begins = np.array([[start], [start + 3]])
+  positions = begins + np.arange(length)
+  kv_positions = begins + np.arange(-reach, length)
+  valid = kv_positions >= 0
+  args = [jnp.asarray(x, jnp.float32) for x in (q, k, v)]
+  where = dict(positions=positions, kv_positions=np.where(valid, kv_positions, 7), kv_valid=valid)
+  where = jax.tree.map(jnp.asarray, where)
+  got = jax.jit(lambda *a: ops.windowed_attention(*a, mask=mask, decay=DECAY, **where))(*args)
+  want = ops.attention(*args, mask=mask, decay=DECAY, **where)
+  np.testing.assert_allclose(got, want, atol=1e-5)
+  gap, old = positions[:, :, None] - kv_positions[:, None], kv_positions[:, None] >= 0
+  seen = (
+    gap < 5
+    if mask.kind == "sliding_window"
+    else positions[:, :, None] // 4 - (kv_positions[:, None] // 4) <= 1
+  )
+  factor = np.exp(np.maximum(gap, 0)[..., None] * DECAY)
+  scores = np.einsum("BTNH,BSNH,BTSH->BNTS", q, k, factor)
+  np.testing.assert_allclose(got, _attend(scores, v, (gap >= 0) & seen & old), atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["in place", "positions", "window"])
+def test_lex_02_tiles_equal_one_center(form):
+  """500 tokens are 125 units of decay, and several tiles; about one center they go to 1e34."""
+  length, window = 500, 90 if form == "window" else None
+  q, k, v = _inputs(1, length, length, 2, 1, 4)
+  positions = jnp.arange(length)[None]
+  mask = Mask("causal") if window is None else Mask("sliding_window", window)
+  where = dict(positions=positions) if form == "positions" else {}
+  got = jax.jit(lambda *a: ops.attention(*a, mask=mask, decay=DECAY, **where))(
+    *_rotated(q, k), jnp.asarray(v, jnp.float32)
+  )
+  with jax.enable_x64(True):
+    options = dict(scale_base=4, center=250)
+    scaled = [
+      ops.apply_xpos(jnp.asarray(x), jnp.arange(length)[None], role=r, **options)
+      for x, r in ((q, "query"), (k, "key"))
+    ]
+    want = ops.attention(*scaled, jnp.asarray(v), mask=mask)
+  np.testing.assert_allclose(got, want, atol=2e-5)
+  visible = np.tri(length, dtype=bool) & ~np.tri(length, k=-(window or length), dtype=bool)
+  np.testing.assert_allclose(got, _attend(_xpos_scores(q, k), v, visible), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+  "dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__
+)
+def test_lex_04_a_million_tokens_in(dtype):
+  """The last queries of a million see their keys as queries at the start do, and far ones not."""
+  q, k, v = _inputs(1, 40, 40, 1, 1, 4, 4)
+  q, k, v = (jnp.asarray(x, dtype) for x in (q, k, v))
+  far = jnp.concatenate([jnp.array([0, 1, 500_000]), 2**20 + jnp.arange(40)])[None]
+  op = jax.jit(
+    lambda q, k, v, p, kv: ops.attention(q, k, v, positions=p, kv_positions=kv, decay=DECAY)
+  )
+  strange = [jnp.concatenate([jnp.full((1, 3, 1, 4), 9, dtype), x], 1) for x in (k, v)]
+  got = op(q, *strange, 2**20 + jnp.arange(40)[None], far)
+  args = [np.asarray(x, np.float64) for x in (q, k, v)]
+  gap = np.arange(40)[:, None] - np.arange(40)
+  factor = np.exp(np.maximum(gap, 0)[..., None] * DECAY)
+  scores = np.einsum("BTNH,BSNH,TSH->BNTS", args[0], args[1], factor)
+  weights = np.where(gap >= 0, np.exp(scores), 0)
+  # The far keys' scores are gone, which leaves each a weight of exp(0).
+  total = weights.sum(-1, keepdims=True) + 3
+  want = np.einsum("BNTS,BSNV->BTNV", weights / total, args[2]) + 27 / total[:, 0, :, None]
+  tolerance = {"float32": 1e-5, "bfloat16": 6e-2, "float16": 8e-3}[jnp.dtype(dtype).name]
+  np.testing.assert_allclose(np.asarray(got, np.float64), want, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+  "length, size, dtype", [(65_536, 256, jnp.bfloat16), (2**20, 8, jnp.float32)], ids=str
+)
+def test_lex_04_blocks_of_a_million_tokens_are_finite(length, size, dtype):
+  """With gradients, where a scale about one center is beyond float32, and float64 even."""
+  x = jax.random.normal(jax.random.key(0), (3, 1, length, 1, 4), dtype)
+  decay = ops.xpos_decay(4, scale_base=size)
+
+  @jax.jit
+  def run(q, k, v):
+    op = lambda *a: ops.attention(*a, mask=Mask("blockwise_causal", size), decay=decay)
+    out, pull = jax.vjp(op, q, k, v)
+    return out, pull(v)
+
+  out, grads = run(*x)
+  assert all(bool(jnp.isfinite(y).all()) for y in (out, *grads))
+  # The last blocks are as they would be at the start.
+  tail = ops.attention(*x[:, :, -2 * size :], mask=Mask("causal"), decay=decay)[:, size:].astype(
+    jnp.float32
+  )
+  np.testing.assert_allclose(out[:, -size:].astype(jnp.float32), tail, atol=5e-2)
+
+
+def test_a_decay_refuses_keys_behind_the_query():
+  q, k, v = (jnp.asarray(x, jnp.float32) for x in _inputs(dim=4))
+  with pytest.raises(ValueError, match="causal mask"):
+    ops.attention(q, k, v, mask=Mask("full"), decay=DECAY)
+  where = dict(positions=jnp.zeros((2, 7), int), kv_positions=jnp.zeros((2, 7), int))
+  valid = jnp.ones((2, 7), bool)
+  with pytest.raises(ValueError, match="reach"):
+    ops.windowed_attention(q, k, v, mask=Mask("causal"), kv_valid=valid, **where)
 
 
 def test_bfloat16_keeps_float32_statistics():

@@ -37,7 +37,7 @@ def test_rope_is_a_complex_rotation_at_any_position(grid, theta):
 
 
 @pytest.mark.parametrize("role,sign", [("query", 1), ("key", -1)])
-def test_xpos_is_a_complex_exponential(role, sign):
+def test_lex_03_xpos_is_a_complex_exponential(role, sign):
   positions, theta = np.array([0, 1, 5, 300, 1000, 2000]), 10000.0 ** -(np.arange(4) / 4)
   x = jnp.asarray(_x(), jnp.float32)
   got = ops.apply_xpos(x, jnp.asarray(positions)[None], role=role, center=700)
@@ -47,7 +47,7 @@ def test_xpos_is_a_complex_exponential(role, sign):
   np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
-def test_layouts_agree_after_a_permutation():
+def test_lex_03_layouts_agree_after_a_permutation():
   x, positions = jnp.asarray(_x(), jnp.float32), jnp.arange(6)[None]
   order = np.concatenate([np.arange(0, 8, 2), np.arange(1, 8, 2)])
   for apply in (ops.apply_rope, lambda *a, **o: ops.apply_xpos(*a, role="key", **o)):
@@ -56,7 +56,7 @@ def test_layouts_agree_after_a_permutation():
     )
 
 
-def test_xpos_limits():
+def test_lex_01_xpos_limits():
   x, positions = jnp.asarray(_x(), jnp.float32), jnp.arange(6)[None]
   # No decay is RoPE, bit for bit.
   flat = ops.apply_xpos(x, positions, role="query", scale_base=math.inf)
@@ -96,7 +96,7 @@ def test_rope_scores_depend_on_distance_alone(shift):
 
 
 @pytest.mark.parametrize("shift", [1, 17, 1000])
-def test_xpos_scores_depend_on_distance_alone(shift):
+def test_lex_02_xpos_scores_depend_on_distance_alone(shift):
   positions, encode = jnp.array([0, 1, 40, 500, 1000, 1048]), (_xpos("query"), _xpos("key"))
   want = _scores(*encode, positions)
   np.testing.assert_allclose(_scores(*encode, positions + shift), want, atol=2e-5)
@@ -111,7 +111,7 @@ def test_tables_are_float32_under_bfloat16():
   np.testing.assert_array_equal(got, want.astype(jnp.bfloat16))  # Rounded once, at the end.
 
 
-def test_centers_keep_long_texts_within_range():
+def test_lex_04_centers_keep_long_texts_within_range():
   positions = jnp.array([[0, 1, 4096, 8191]])
   x = jnp.ones((1, 4, 1, 8), jnp.float16)
   centered = [ops.apply_xpos(x, positions, role=r, center=4096) for r in ("query", "key")]
@@ -134,7 +134,7 @@ def test_centers_keep_long_texts_within_range():
   np.testing.assert_allclose(far, near, atol=1e-5)
 
 
-def test_gradients_are_the_transposed_maps():
+def test_lex_03_gradients_are_the_transposed_maps():
   x, grad = (jnp.asarray(_x(seed=s), jnp.float32) for s in (0, 1))
   positions = jnp.array([[3, 0, 9, 100, 1, 2]])
   _, pull = jax.vjp(lambda x: ops.apply_rope(x, positions), x)
@@ -144,17 +144,61 @@ def test_gradients_are_the_transposed_maps():
   np.testing.assert_allclose(pull(grad)[0], want, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("dim,base,rope,xpos", [(64, 512, 849.7, 172.9), (128, 512, 1095.8, 218.6)])
-def test_expected_score_varies_as_figure_1_says(dim, base, rope, xpos):
-  """The summed rises of `g[n] = sum_i cos(n theta_i) zeta_i^n`, with the op as its calculator."""
-  ones = jnp.tile(jnp.array([1.0, 0.0]), dim // 2)[None, None, None]
-  distance = jnp.arange(2048)[None]
-  for scale_base, want in ((math.inf, rope), (base, xpos)):
-    q = ops.apply_xpos(
-      jnp.broadcast_to(ones, (1, 2048, 1, dim)), distance, role="query", scale_base=scale_base
-    )
-    rises = np.diff(np.asarray(q[0, :, 0, 0::2], np.float64).sum(-1))
+@pytest.mark.parametrize("dim,rope,xpos", [(64, 849.7, 172.9), (128, 1095.8, 218.6)])
+def test_lex_07_expected_score_varies_as_in_figure_1(dim, rope, xpos):
+  for scale_base, want in ((math.inf, rope), (512, xpos)):
+    rises = np.diff(ops.xpos_curve(2048, dim, scale_base=scale_base))
     assert np.maximum(rises, 0).sum() == pytest.approx(want, rel=1e-3)
+  # Figure 1's words: RoPE's curve goes on to oscillate, xPos's is smooth.
+  if dim == 64:
+    spread = [np.diff(ops.xpos_curve(2048, 64, scale_base=b))[1024:].std() for b in (math.inf, 512)]
+    np.testing.assert_allclose(spread, [1.042, 0.052], rtol=1e-2)
+
+
+def test_lex_07_the_curve_is_the_score_of_equal_vectors():
+  """`q = k = (1, 0, 1, 0, ...)`, with the op as a calculator of `sum_i cos(n theta_i) zeta_i^n`."""
+  x = jnp.broadcast_to(jnp.tile(jnp.array([1.0, 0.0]), 32), (1, 300, 1, 64))
+  q = ops.apply_xpos(x, jnp.arange(300)[None], role="query", scale_base=64)
+  want = ops.xpos_curve(300, 64, scale_base=64)
+  np.testing.assert_allclose(q[0, :, 0, 0::2].sum(-1), want, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["interleaved", "half"])
+def test_lex_03_decay_is_what_the_scales_leave(layout):
+  x, positions = jnp.asarray(_x(), jnp.float32), jnp.array([[0, 1, 5, 30, 100, 200]])
+  options = dict(base=None, scale_base=40.0, layout=layout)
+  decay = ops.xpos_decay(8, scale_base=40.0, layout=layout)
+  scaled = ops.apply_xpos(x, positions, role="query", **options)
+  np.testing.assert_allclose(scaled, x * np.exp(positions[..., None, None] * decay), rtol=1e-5)
+
+
+@pytest.mark.parametrize("shift", [1, 17, 1000])
+def test_lex_02_relative_to_twelve_digits(shift):
+  with jax.enable_x64(True):
+    q, k = (jnp.asarray(_x(5, seed=s)) for s in (0, 1))
+    positions = jnp.array([[0, 3, 40, 200, 511]])
+
+    def scores(positions, center):
+      q_, k_ = (
+        ops.apply_xpos(x, positions, role=r, scale_base=64, center=center)
+        for x, r in ((q, "query"), (k, "key"))
+      )
+      return np.where(np.tri(5), np.einsum("BTNH,BSNH->BNTS", q_, k_), 0)
+
+    want = scores(positions, 256)
+    np.testing.assert_allclose(scores(positions + shift, 256 + shift), want, atol=1e-12)
+    np.testing.assert_allclose(scores(positions, 100), want, atol=1e-12)
+
+
+def test_lex_04_float16_holds_8192_tokens_about_their_middle():
+  """The limits are `17.7 scale_base` tokens in float16, and 141.6 in float32 and bfloat16."""
+  positions, x = jnp.arange(8192)[None], jnp.ones((1, 8192, 1, 8), jnp.float16)
+  finite = lambda x, **o: bool(jnp.isfinite(ops.apply_xpos(x, positions, base=None, **o)).all())
+  assert all(finite(x, role=r, center=4096) for r in ("query", "key"))
+  assert not finite(x, role="key", center=0)
+  assert finite(x.astype(jnp.bfloat16), role="key", center=0)
+  assert all(finite(x, role=r, center=4096, scale_base=464) for r in ("query", "key"))
+  assert not finite(x, role="key", center=4096, scale_base=460)
 
 
 def test_sinusoidal():
@@ -178,6 +222,8 @@ def test_alibi_slopes():
     lambda x, p: ops.apply_rope(x[..., :7], p),
     lambda x, p: inspect.unwrap(ops.rope_frequencies)(8, grid="log"),
     lambda x, p: inspect.unwrap(ops.apply_xpos)(x, p, role="value"),
+    lambda x, p: ops.xpos_decay(7),
+    lambda x, p: ops.xpos_decay(8, scale_base=0),
   ],
 )
 def test_rejects(call):  # Unwrapped, to get past the test suite's shape checks.

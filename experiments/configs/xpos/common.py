@@ -5,6 +5,8 @@ eight times that, without and with blockwise causal attention: parameters do not
 The config of a row is the same in every table's file, so that tables share their runs.
 """
 
+from typing import Any
+
 import ml_collections
 
 from experiments.configs import common
@@ -26,7 +28,7 @@ MASKS = {"": None, "_blocks": "blockwise_causal", "_window": "sliding_window"}
 # their figures are those of table 5's rows without blocks, although section 4.2 says otherwise.
 VARIANTS = {
   "xpos": dict(
-    about="xPos, decay over half the trained length (LeX)",
+    about="xPos",
     model=dict(positions="xpos"),
     expected={
       "x1_4/perplexity": 34.3,
@@ -43,7 +45,7 @@ VARIANTS = {
     },
   ),
   "xpos_512": dict(
-    about="xPos, decay over 512 tokens at every scale",
+    about="xPos with a scale base of 512 at every scale",
     model=dict(positions="xpos", xpos_scale_base=512.0),
     expected={},
   ),
@@ -84,7 +86,7 @@ VARIANTS = {
     },
   ),
   "sinusoidal": dict(
-    about="absolute sinusoidal embeddings",
+    about="sinusoidal embeddings",
     model=dict(positions="sinusoidal"),
     expected={
       "x1_4/perplexity": 46.34,
@@ -99,20 +101,34 @@ VARIANTS = {
 }
 
 
-def rows(names: str, metrics: dict[str, str]) -> dict[str, dict]:
-  """Rows of a table: variants by name, with the paper's figures in the table's columns.
+RUNS = "xpos"
+"""The folder of runs that the tables share."""
+
+
+def row(
+  variant: str, columns: dict[str, str], mask: str = "", lengths: str = "2 4 8", **fields: Any
+) -> dict[str, Any]:
+  """A row of a table: a variant, at lengths beyond its own under a mask of `MASKS`.
 
   Args:
-    names: Of the variants, the base row first.
-    metrics: Ours by column.
+    variant: One of `VARIANTS`, which is trained.
+    columns: Our metric by column, without masks.
+    mask: Suffix of the evaluations that have it.
+    lengths: Where it is used.
+    **fields: Others of the row.
   """
-  return {
-    name: dict(
-      about=VARIANTS[name]["about"],
-      expected={c: VARIANTS[name]["expected"].get(m) for c, m in metrics.items()},
-    )
-    for name in names.split()
-  }
+  masked = {f"x{n}" for n in lengths.split()}
+
+  def metric(name: str) -> str:
+    evaluation, _, what = name.partition("/")
+    beyond = evaluation.removeprefix("resolution_") in masked
+    return f"{evaluation}{mask if beyond else ''}/{what}"
+
+  metrics = {column: metric(name) for column, name in columns.items()}
+  found = VARIANTS[variant]
+  expected = {column: found["expected"].get(metrics[column]) for column in columns}
+  about = found["about"] + {"": "", "_blocks": ", with blocks", "_window": ", with a window"}[mask]
+  return dict(about=about, run=variant, metrics=metrics, expected=expected) | fields
 
 
 def get_config(arg: str | None) -> ml_collections.ConfigDict:
@@ -145,17 +161,16 @@ def get_config(arg: str | None) -> ml_collections.ConfigDict:
     c.evals.validation.every_steps = 1
     common.smoke(c)
     batches = 1
-  c.model.train_length = length = c.data.seq_length
-  # The paper takes 4k tokens of each document (section 4.2), and so does not reach eight lengths.
-  longest = 4 if arg.scale == "paper" else 8
-  same_text = dict(split="validation", document_length=longest * length, max_batches=batches)
+  length = c.data.seq_length
+  # The paper takes 4k tokens of each document (section 4.2); eight lengths, which it has not, take
+  # other texts there.
+  shortest = 4 if arg.scale == "paper" else 8
   for name, factor in LENGTHS.items():
-    if factor > longest:
-      continue
     for suffix, mask in MASKS.items() if factor > 1 else [("", None)]:
-      options = same_text | dict(seq_length=int(factor * length), model=dict(mask=mask))
-      if mask is None:
-        del options["model"]
+      options = dict(split="validation", max_batches=batches, seq_length=int(factor * length))
+      options["document_length"] = max(shortest, int(factor)) * length
+      if mask is not None:
+        options["model"] = dict(mask=mask)
       c.evals[f"x{name}{suffix}"] = dict(type="perplexity", **options)
       if factor in (1, 2) and mask != "sliding_window":
         c.evals[f"resolution_x{name}{suffix}"] = dict(type="attention_resolution", **options)
