@@ -6,9 +6,11 @@ from latentlab.layers.common import Context, Shared
 from latentlab.layers.decoder import Block, BlockConfig, Decoder, DecoderConfig, MixerConfig, Stage
 from latentlab.layers.embedding import Embedder, VocabHead
 from latentlab.layers.feed_forward import FeedForward, FeedForwardConfig
+from latentlab.layers.linear_attention import LinearAttention, LinearAttentionConfig
 from latentlab.layers.norms import HeadNorm, residual_norm
 from latentlab.layers.positions import PositionConfig
 from latentlab.layers.retention import MultiScaleRetention, RetentionConfig
+from latentlab.layers.rwkv import RwkvConfig, RwkvState, TimeMix
 
 __all__ = [
   "Attention",
@@ -25,14 +27,19 @@ __all__ = [
   "FeedForwardConfig",
   "HeadNorm",
   "KVCache",
+  "LinearAttention",
+  "LinearAttentionConfig",
   "MixerConfig",
   "MultiScaleRetention",
   "PositionConfig",
   "RetentionConfig",
   "RetentionState",
   "RingCache",
+  "RwkvConfig",
+  "RwkvState",
   "Shared",
   "Stage",
+  "TimeMix",
   "VocabHead",
   "residual_norm",
 ]

@@ -7,11 +7,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from latentlab.models import retnet, transformer
+from latentlab.models import baselines, retnet, transformer
 from latentlab.models.language_model import LanguageModelConfig, stack
 
 MODELS = {
+  "linear_transformer": (baselines.linear_transformer, baselines.PRESETS_WITH_HEADS),
   "retnet": (retnet.retnet, retnet.PRESETS),
+  "rwkv": (baselines.rwkv, baselines.PRESETS),
   "transformer": (transformer.transformer, transformer.PRESETS),
 }
 
@@ -63,7 +65,8 @@ def build_config(model: Mapping[str, Any], vocab_size: int) -> LanguageModelConf
       f"config.model has fields that {name} does not: {unknown}; choose among {sorted(known)}"
     )
   given = {**presets.get(preset, {}), **given}
-  if missing := [f for f in ("num_layers", "embed_dim", "num_heads") if f not in given]:
+  sizes = [f for f in ("num_layers", "embed_dim", "num_heads") if f in known]
+  if missing := [f for f in sizes if f not in given]:
     raise ValueError(f"config.model lacks {missing}; set them, or config.model.preset")
   return function(vocab_size=vocab_size, **given)
 

@@ -13,6 +13,7 @@ from latentlab.ops.attention_resolution import (
   attention_resolution,
   scores_by_distance,
 )
+from latentlab.ops.convolution import short_convolution
 from latentlab.ops.diff_attention import diff_attention, diff_attention_decode
 from latentlab.ops.losses import cross_entropy
 from latentlab.ops.positions import (
@@ -25,11 +26,13 @@ from latentlab.ops.positions import (
   xpos_curve,
   xpos_decay,
 )
+from latentlab.ops.recurrence import WkvState, linear_recurrence, wkv
 from latentlab.ops.retention import decay_scale, log_decay_rates, retention, retention_decode
 
 __all__ = [
   "Distances",
   "Mask",
+  "WkvState",
   "alibi_slopes",
   "apply_rope",
   "apply_xpos",
@@ -41,15 +44,18 @@ __all__ = [
   "diff_attention_decode",
   "document_positions",
   "flash_attention",
+  "linear_recurrence",
   "log_decay_rates",
   "retention",
   "retention_decode",
   "rope_frequencies",
   "scores_by_distance",
   "segment_bias",
+  "short_convolution",
   "sinusoidal",
   "tree_mask",
   "windowed_attention",
+  "wkv",
   "xpos_curve",
   "xpos_decay",
 ]
