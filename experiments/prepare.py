@@ -26,7 +26,9 @@ _SOURCE = flags.DEFINE_enum(
 _PATH = flags.DEFINE_string("path", "", "A text file, a jsonl file, or a folder of these.")
 _INCLUDE = flags.DEFINE_list("include", list(_DEFAULTS.include), "File names to use in a folder.")
 _TOKENIZER = flags.DEFINE_string(
-  "tokenizer", _DEFAULTS.tokenizer, "'bytes', 'bpe', or the path of a tokenizer's json file."
+  "tokenizer",
+  _DEFAULTS.tokenizer,
+  "'bytes', 'chars', 'bpe', or the path of a tokenizer's json file.",
 )
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 0, "Tokens of a 'bpe'.", lower_bound=0)
 _VALIDATION_FRACTION = flags.DEFINE_float(

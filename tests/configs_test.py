@@ -52,8 +52,10 @@ def _vocab_size(config):
 @_each
 def test_builds(file, argument):
   config = _config(file, argument)
+  if config.data.source == "path":  # The user's.
+    config.data.path = "text.txt"
   data_lib.DataConfig.of(config.data.to_dict())
-  assert config.data.vocab_size or config.data.tokenizer == "bytes"
+  assert config.data.vocab_size or config.data.tokenizer in ("bytes", "chars")
   task = build_task(config, _vocab_size(config))
   params = jax.eval_shape(task.init, jax.random.key(0))
   shape = (config.batch_size, config.data.seq_length)

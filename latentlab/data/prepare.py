@@ -6,6 +6,7 @@ one's work, and a killed one loses at most the step it was in.
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 SOURCES = ("standard_library", "path", "synthetic")
 PACKINGS = ("segments", "stream")
+LEARNED = ("bpe", "chars")
+"""Tokenizers that are made from the corpus."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +36,8 @@ class DataConfig:
       `experiments/prepare.py`. Once set, it takes the place of the embedded corpus.
     include: Patterns of file names to use in a folder.
     task: The synthetic task.
-    tokenizer: "bytes"; "bpe", trained on the training split; or the path of a tokenizer's json.
-      Empty accepts whichever a token file was made with.
+    tokenizer: "bytes"; "chars", the characters of all splits; "bpe", trained on the training split;
+      or the path of a tokenizer's json. Empty accepts whichever a token file was made with.
     vocab_size: Of "bpe"; elsewhere 0, or what the tokenizer has.
     seq_length: Tokens of a training window.
     packing: "segments" restarts positions and segment ids where a document starts; "stream" lets
@@ -153,7 +156,8 @@ def _ready(config: DataConfig, output: str | os.PathLike | None) -> token_file.T
     )
   if config.tokenizer in ("", made_with.kind):
     return file
-  wanted = "bpe" if config.tokenizer == "bpe" else tokenizers.load(config.tokenizer).digest
+  learned = config.tokenizer in LEARNED
+  wanted = config.tokenizer if learned else tokenizers.load(config.tokenizer).digest
   if wanted != made_with.digest:
     raise ValueError(
       f"data.tokenizer={config.tokenizer!r}, but {str(file.path)!r} was made with "
@@ -175,7 +179,7 @@ def _corpus(config: DataConfig) -> sources.Corpus:
 def _key(corpus: sources.Corpus, config: DataConfig) -> str:
   """Names what `prepare` makes: contents, split and limit (all in the digest), and tokenizer."""
   tokenizer = config.tokenizer or "bytes"
-  if tokenizer not in ("bytes", "bpe"):
+  if tokenizer not in ("bytes", *LEARNED):
     tokenizer = tokenizers.load(tokenizer).digest
   parts = [token_file.VERSION, corpus.digest, tokenizer, config.vocab_size]
   return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
@@ -209,7 +213,12 @@ def _tokenizer(
     tokenizer = tokenizers.BPETokenizer.train(texts, config.vocab_size)
     tokenizer.save(path)
     return tokenizer
-  tokenizer = tokenizers.load(config.tokenizer or "bytes")
+  if config.tokenizer == "chars":
+    # Of validation too: a character that training never shows is still one that may be asked for.
+    texts = (_texts(corpus, name, "characters", progress) for name in corpus.splits)
+    tokenizer = tokenizers.CharTokenizer.train(itertools.chain.from_iterable(texts))
+  else:
+    tokenizer = tokenizers.load(config.tokenizer or "bytes")
   if config.vocab_size not in (0, tokenizer.vocab_size):
     raise ValueError(
       f"data.vocab_size={config.vocab_size}, but data.tokenizer="

@@ -1,6 +1,6 @@
-"""Tokenizers that lose nothing: bytes, and byte-level BPE.
+"""Tokenizers that lose nothing: bytes, characters, and byte-level BPE.
 
-Both give every token's exact byte string, so a loss in nats per token converts to bits per raw
+All give every token's exact byte string, so a loss in nats per token converts to bits per raw
 byte with no estimate. Special tokens have an empty byte string and are never produced by `encode`,
 whatever the text says.
 """
@@ -113,6 +113,63 @@ class ByteTokenizer(_Tokenizer):
     return {"kind": self.kind, "bos_id": self.bos_id, "pad_id": self.pad_id}
 
 
+class CharTokenizer(_Tokenizer):
+  """One token per character of a closed alphabet, then `<bos>` and `<pad>`.
+
+  Attributes:
+    characters: The alphabet, sorted by code point.
+    vocab_size: Its size and two.
+    bos_id: Starts a document.
+    pad_id: Pads.
+  """
+
+  kind = "chars"
+
+  def __init__(self, characters: str):
+    if not characters or list(characters) != sorted(set(characters)):
+      raise ValueError(
+        f"{characters=} of a character tokenizer must be different, sorted by code point, and at "
+        "least one."
+      )
+    self.characters = characters
+    self._points = _code_points(characters)
+    self.bos_id, self.pad_id = len(characters), len(characters) + 1
+    self.vocab_size = len(characters) + 2
+
+  @classmethod
+  def train(cls, texts: Iterable[str]) -> "CharTokenizer":
+    """Takes every character of `texts` into the alphabet."""
+    found: set[str] = set()
+    for text in texts:
+      found.update(text)
+    if not found:
+      raise ValueError("data.tokenizer='chars' found no character in the corpus; give more text.")
+    return cls("".join(sorted(found)))
+
+  @functools.cached_property
+  def token_bytes(self) -> Sequence[bytes]:
+    return [c.encode("utf-8") for c in self.characters] + [b"", b""]
+
+  @functools.cached_property
+  def digest(self) -> str:
+    return _digest(self.to_dict())
+
+  def encode(self, text: str) -> np.ndarray:
+    points = _code_points(text)
+    ids = np.searchsorted(self._points, points).astype(np.int32)
+    known = self._points[np.minimum(ids, len(self._points) - 1)] == points
+    if not known.all():
+      unknown = "".join(dict.fromkeys(text[i] for i in np.flatnonzero(~known)))
+      raise ValueError(
+        f"the text has {unknown[:20]!r}, none of the {len(self.characters)} characters that this "
+        "tokenizer knows; leave them out, or use data.tokenizer='bytes', which knows all."
+      )
+    return ids
+
+  def to_dict(self) -> dict[str, Any]:
+    return {"kind": self.kind, "characters": self.characters}
+
+
 class BPETokenizer(_Tokenizer):
   """Byte-level BPE, trained or loaded by the `tokenizers` library.
 
@@ -220,7 +277,7 @@ def load(name: str | os.PathLike) -> Tokenizer:
   except OSError as e:
     raise ValueError(
       f"data.tokenizer={str(name)!r} cannot be read ({e.strerror}); give 'bytes', "
-      "'bpe' or the path of a tokenizer's json file."
+      "'chars', 'bpe' or the path of a tokenizer's json file."
     ) from e
   except (json.JSONDecodeError, UnicodeDecodeError) as e:
     raise ValueError(f"data.tokenizer={str(name)!r} is not json ({e}).") from e
@@ -232,10 +289,15 @@ def from_dict(layout: Any, origin: str = "the layout") -> Tokenizer:
   if not isinstance(layout, Mapping) or not {"kind", "model"} & layout.keys():
     raise ValueError(
       f"{origin} is no tokenizer; expected a file of the tokenizers library, which "
-      "has a 'model', or {'kind': 'bytes'}."
+      "has a 'model', {'kind': 'bytes'}, or {'kind': 'chars', 'characters': ...}."
     )
   if layout.get("kind") == ByteTokenizer.kind:
     return ByteTokenizer()
+  if layout.get("kind") == CharTokenizer.kind:
+    characters = layout.get("characters")
+    if not isinstance(characters, str):
+      raise ValueError(f"{origin} is no character tokenizer: {characters=} is no string.")
+    return CharTokenizer(characters)
   with _parsing(origin):
     model = hf.Tokenizer.from_str(json.dumps(layout))
   return BPETokenizer(model)
@@ -256,6 +318,10 @@ class _parsing(contextlib.AbstractContextManager):
 
 
 _EMPTY = np.zeros(0, np.int32)
+
+
+def _code_points(text: str) -> np.ndarray:
+  return np.frombuffer(text.encode("utf-32-le"), "<u4")
 
 
 def _digest(value: Any) -> str:
