@@ -11,9 +11,9 @@ from experiments.configs.nanogpt import common
 TITLE = "Characters of Shakespeare, nanoGPT's setting for a GPU"
 BASE, METRICS = common.BASE, common.METRICS
 SCALES = {
-  "paper": "6 layers of width 384, context 256, 5000 steps of 64 windows, dropout 0.2. Losses are of "
-  "every character of the text's last tenth, in windows of 256 end to end, after the last step; the "
-  "published one is the lowest in training, a mean over windows at random places of it."
+  "paper": "6 layers of width 384, context 256, 5000 steps of 64 windows, dropout 0.2. Losses are "
+  "of every character of the text's last tenth, in windows of 256 end to end, after the last step; "
+  "the published one is the lowest in training, a mean over windows at random places of it."
 }
 ROWS = common.rows(published=1.4697)
 
