@@ -11,6 +11,7 @@ whatever its role. Two warpgroups that both compute have 255; a third, that only
 import contextlib
 import contextvars
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -29,6 +30,7 @@ except ImportError as e:  # A jaxlib without Mosaic GPU, as on some platforms.
 
 WARPGROUP_ROWS = 64  # Of one warpgroup's matrix instruction, and so the least height of a tile.
 MAX_SMEM_BYTES = 232448  # That a block may ask for on Hopper.
+LOG2E = math.log2(math.e)  # The chip has a power of two, and no exponential.
 
 _interpret_params = contextvars.ContextVar("interpret_params", default=None)
 

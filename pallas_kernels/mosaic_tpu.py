@@ -50,6 +50,18 @@ def rounded(x: Array, dtype: DTypeLike) -> Array:
   return jax.lax.reduce_precision(x, info.nexp, info.nmant)
 
 
+def dot(x: Array, y: Array, contract: tuple[int, int] = (1, 0)) -> Array:
+  """A product inside a kernel, over one axis of either, in float32.
+
+  That of float32 operands is exact to its rounding; by default the chip would round them first.
+  """
+  precision = jax.lax.Precision.HIGHEST if x.dtype == jax.numpy.float32 else None
+  dimensions = (((contract[0],), (contract[1],)), ((), ()))
+  return jax.lax.dot_general(
+    x, y, dimensions, precision=precision, preferred_element_type=jax.numpy.float32
+  )
+
+
 def padded_bytes(shape: Sequence[int], dtype: Any) -> int:
   """Vector memory that an array takes: its last two axes are laid out in whole tiles."""
   size = jax.numpy.dtype(dtype).itemsize

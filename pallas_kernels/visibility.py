@@ -11,6 +11,8 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
+from pallas_kernels.checks import check_integers, check_shapes
+
 # Finite, since a row of -inf would turn to NaN, and its gradient with it.
 HIDDEN = float(jnp.finfo(jnp.float32).min)
 
@@ -51,6 +53,43 @@ class Visibility(NamedTuple):
   segment_ids: Int[Array, "B T"] | None = None
   kv_segment_ids: Int[Array, "B S"] | None = None
   lengths: Int[Array, "B"] | None = None
+
+
+def bounds_of(
+  q: Array,
+  k: Array,
+  *,
+  q_offset: int | Array,
+  segment_ids: Array | None,
+  kv_segment_ids: Array | None,
+  lengths: Array | None,
+) -> tuple[int | None, Visibility]:
+  """An attention's arguments, checked: `MaskOptions.q_offset`, and what is not known when traced.
+
+  Raises:
+    ValueError: Shapes or types are none that these may have.
+  """
+  (batch, length), kv_length = q.shape[:2], k.shape[1]
+  if segment_ids is None and kv_segment_ids is not None:
+    raise ValueError("kv_segment_ids are given without segment_ids; give both.")
+  if segment_ids is not None and kv_segment_ids is None:
+    if length != kv_length:
+      raise ValueError(f"Give kv_segment_ids where {k.shape=} is not as long as {q.shape=}.")
+    kv_segment_ids = segment_ids
+  static = isinstance(q_offset, int)
+  offsets = None if static else q_offset
+  check_shapes(
+    f"{q.shape=} and {k.shape=}",
+    q_offset=(offsets, [(), (batch,)]),
+    segment_ids=(segment_ids, [(batch, length)]),
+    kv_segment_ids=(kv_segment_ids, [(batch, kv_length)]),
+    lengths=(lengths, [(batch,)]),
+  )
+  check_integers(
+    q_offset=offsets, segment_ids=segment_ids, kv_segment_ids=kv_segment_ids, lengths=lengths
+  )
+  offsets = None if static else jnp.broadcast_to(q_offset, batch)
+  return q_offset if static else None, Visibility(offsets, segment_ids, kv_segment_ids, lengths)
 
 
 def visible(

@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from typing import Literal
 
-import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+from pallas_kernels.checks import check_at_least_one, check_integers, check_shapes
 from pallas_kernels.common import dispatch
 from pallas_kernels.diff_attention import gpu, gpu_decode, reference, tpu, tpu_decode, xla
-from pallas_kernels.diff_attention.reference import Options, Visibility
+from pallas_kernels.diff_attention.reference import Options
+from pallas_kernels.visibility import bounds_of
 
 Implementation = Literal["xla", "pallas_tpu", "pallas_gpu", "naive", "two_call", "four_call"]
 
@@ -87,36 +88,25 @@ def diff_attention(
     ExceptionGroup: Every implementation asked for refused; holds the reasons.
   """
   _check_heads(q, k, v, ("B", "T", "N", "2", "H"))
-  batch, length, kv_length = *q.shape[:2], k.shape[1]
-  _check_shapes(
+  _check_norm(v, gain, eps)
+  check_shapes(f"{q.shape=}", lam=(lam, [(), q.shape[2:3], q.shape[:3]]))
+  q_offset, visibility = bounds_of(
     q,
-    lam=(lam, [(), q.shape[2:3], q.shape[:3]]),
-    gain=(gain, [v.shape[3:]]),
-    lengths=(lengths, [(batch,)]),
-    segment_ids=(segment_ids, [(batch, length)]),
-    kv_segment_ids=(kv_segment_ids, [(batch, kv_length)]),
-    q_offset=(None if isinstance(q_offset, int) else q_offset, [(), (batch,)]),
+    k,
+    q_offset=q_offset,
+    segment_ids=segment_ids,
+    kv_segment_ids=kv_segment_ids,
+    lengths=lengths,
   )
-  if gain is not None and eps is None:
-    raise ValueError("gain is of the headwise norm; give its eps too.")
-  if kv_segment_ids is not None and segment_ids is None:
-    raise ValueError("kv_segment_ids are given without segment_ids; give both.")
-  if segment_ids is not None and kv_segment_ids is None:
-    if length != kv_length:
-      raise ValueError(f"Give kv_segment_ids where {k.shape=} is not as long as {q.shape=}.")
-    kv_segment_ids = segment_ids
-  static = isinstance(q_offset, int)
   options = Options(
     scale=scale,
     causal=causal,
     window=window,
-    q_offset=q_offset if static else None,
+    q_offset=q_offset,
     eps=eps,
     post_scale=post_scale,
     return_lse=return_lse,
   )
-  offsets = None if static else jnp.broadcast_to(q_offset, batch)
-  visibility = Visibility(offsets, segment_ids, kv_segment_ids, lengths)
   return dispatch(
     "diff_attention",
     IMPLEMENTATIONS,
@@ -168,16 +158,12 @@ def diff_attention_decode(
     ExceptionGroup: Every implementation asked for refused; holds the reasons.
   """
   _check_heads(q, k, v, ("B", "N", "2", "H"))
-  _check_shapes(
-    q,
-    lam=(lam, [(), q.shape[1:2], q.shape[:2]]),
-    gain=(gain, [v.shape[3:]]),
-    lengths=(lengths, [q.shape[:1]]),
+  _check_norm(v, gain, eps)
+  check_shapes(
+    f"{q.shape=}", lam=(lam, [(), q.shape[1:2], q.shape[:2]]), lengths=(lengths, [q.shape[:1]])
   )
-  if gain is not None and eps is None:
-    raise ValueError("gain is of the headwise norm; give its eps too.")
-  if num_splits is not None and num_splits < 1:
-    raise ValueError(f"{num_splits=} must be at least 1, or None for the implementation's own.")
+  check_integers(lengths=lengths)
+  check_at_least_one(num_splits=num_splits)
   options = Options(scale=scale, window=window, q_offset=None, eps=eps, post_scale=post_scale)
   return dispatch(
     "diff_attention_decode",
@@ -203,14 +189,7 @@ def _check_heads(q, k, v, axes):
     )
 
 
-def _check_shapes(q, **expected):
-  for name, (array, shapes) in expected.items():
-    if array is None:
-      continue
-    if array.shape not in shapes:
-      raise ValueError(
-        f"{name} has shape {array.shape}; with {q.shape=} it must be "
-        f"{' or '.join(map(str, shapes))}."
-      )
-    if name not in ("lam", "gain") and not jnp.issubdtype(array.dtype, jnp.integer):
-      raise ValueError(f"{name} counts or names tokens; {array.dtype=} must be an integer type.")
+def _check_norm(v, gain, eps):
+  check_shapes(f"{v.shape=}", gain=(gain, [v.shape[3:]]))
+  if gain is not None and eps is None:
+    raise ValueError("gain is of the headwise norm; give its eps too.")

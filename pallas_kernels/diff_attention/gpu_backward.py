@@ -19,7 +19,7 @@ from pallas_kernels import mosaic_gpu
 from pallas_kernels.diff_attention import gpu_tiles as tiles
 from pallas_kernels.diff_attention.blocks import GpuBlocks
 from pallas_kernels.diff_attention.reference import Options, Visibility
-from pallas_kernels.mosaic_gpu import WARPGROUP_ROWS, plgpu
+from pallas_kernels.mosaic_gpu import LOG2E, WARPGROUP_ROWS, plgpu
 
 _ROWS = WARPGROUP_ROWS
 _ROW_TERMS = 5  # Of a query: two log-sum-exps, two b_m, lam.
@@ -43,7 +43,7 @@ def row_terms(
   b = tiles.per_token(weights * deltas - d_lse)
   # A query that sees no key, or is none, has scores above which its weights vanish.
   past = jnp.arange(lse.shape[-1]) >= lam.shape[1]
-  lse = jnp.where((lse == -jnp.inf) | past, jnp.inf, lse * tiles.LOG2E)
+  lse = jnp.where((lse == -jnp.inf) | past, jnp.inf, lse * LOG2E)
   return jnp.concatenate([lse, b, tiles.per_token(lam)[:, :, None]], axis=2)
 
 
@@ -169,7 +169,7 @@ def backward_dq(
           scores = hide(scores, query, step * tile, pair)
         lse, b, lam = (tiles.load_vector(terms_s.at[mine, x], 0) for x in (m, 2 + m, 4))
         lse = tiles.spread(lse, scores.shape)
-        weights = jnp.exp2(scores * (options.scale * tiles.LOG2E) - lse)
+        weights = jnp.exp2(scores * (options.scale * LOG2E) - lse)
         d_scores_s[mine] = _d_scores(weights, g, m, b, lam, axis=0).astype(dtype)
         plgpu.commit_smem()
         accs[m] = mosaic_gpu.mma(accs[m], d_scores_s.at[mine], k_s.at[m, at])
@@ -335,7 +335,7 @@ def backward_dkv(
             pair = (tiles.load_vector(ids_s.at[at], 1), kv_ids) if documents else None
             scores = hide(scores, index * tile, key, pair, query_axis=1)
           lse = tiles.spread(term(m, at), scores.shape, 1)
-          weights = jnp.exp2(scores * (options.scale * tiles.LOG2E) - lse)
+          weights = jnp.exp2(scores * (options.scale * LOG2E) - lse)
           plgpu.barrier_wait(map_free.at[m])
           maps_s[m] = weights.astype(dtype)
           plgpu.barrier_arrive(map_ready.at[m])

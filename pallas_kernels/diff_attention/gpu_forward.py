@@ -17,7 +17,7 @@ from pallas_kernels import mosaic_gpu
 from pallas_kernels.diff_attention import gpu_tiles as tiles
 from pallas_kernels.diff_attention.blocks import GpuBlocks
 from pallas_kernels.diff_attention.reference import Options, Visibility
-from pallas_kernels.mosaic_gpu import WARPGROUP_ROWS, plgpu
+from pallas_kernels.mosaic_gpu import LOG2E, WARPGROUP_ROWS, plgpu
 
 _ROWS = WARPGROUP_ROWS
 
@@ -168,7 +168,7 @@ def forward(
 
       return acc, top, total
 
-    scale = options.scale * tiles.LOG2E
+    scale = options.scale * LOG2E
     zeros = tiles.constant(0, (_ROWS, value_dim)), tiles.constant(0, (_ROWS,))
     carry = zeros[0], tiles.constant(-jnp.inf, (_ROWS,)), zeros[1]
     acc, top, total = tiles.sweep(
@@ -183,7 +183,7 @@ def forward(
     seen = total > 0
     acc *= tiles.spread(jnp.where(seen, 1 / total, 0), acc.shape)
     if refs.lse is not None:
-      lse_s[m] = jnp.where(seen, (top + jnp.log2(total)) / tiles.LOG2E, -jnp.inf)
+      lse_s[m] = jnp.where(seen, (top + jnp.log2(total)) / LOG2E, -jnp.inf)
       plgpu.commit_smem()
       plgpu.copy_smem_to_gmem(lse_s.at[m], refs.lse.at[row, head, m, pl.ds(query, _ROWS)])
 

@@ -18,8 +18,6 @@ from jaxtyping import Float, Int
 from pallas_kernels.diff_attention.reference import Options, Visibility
 from pallas_kernels.mosaic_gpu import WARPGROUP_ROWS, plgpu, tiled
 
-LOG2E = float(np.log2(np.e))  # The chip has a power of two and no exponential.
-
 
 def ceil_div(x: Any, y: Any) -> Any:
   """`x / y`, rounded up, of numbers or arrays."""

@@ -11,10 +11,12 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import tpu_layout
 from pallas_kernels.diff_attention import tpu_tiles
 from pallas_kernels.diff_attention.blocks import TpuBlocks
 from pallas_kernels.diff_attention.reference import HIDDEN
-from pallas_kernels.diff_attention.tpu_tiles import LN2, Call, Walk, dot, maps
+from pallas_kernels.diff_attention.tpu_tiles import LN2, Call, Walk, heads_of, maps
+from pallas_kernels.mosaic_tpu import dot
 
 ROW_TERMS = 5  # Per query: both log-sum-exps in powers of two, both row terms, and lambda.
 
@@ -52,13 +54,12 @@ def _run(walk, name, wanted, operands, d_out, rows, bounds):
   call, tile = walk.call, walk.tile
   q, k, v = (operands[x] for x in "qkv")
   dims = {"q": 2 * call.head_dim, "k": call.key_dim, "v": call.value_dim}
-  view = lambda x, dim, count: tpu_tiles.side_by_side(x.reshape(*x.shape[:3], dim), count)
   rows = tpu_tiles.pad_length(rows.transpose(0, 2, 3, 1), tile.queries, axis=3)
   inputs = {
-    "q": (view(q, dims["q"], tile.queries), walk.queries(dims["q"])),
-    "k": (view(k, dims["k"], tile.keys), walk.keys(dims["k"])),
-    "v": (view(v, dims["v"], tile.keys), walk.keys(dims["v"])),
-    "d_out": (view(d_out, dims["v"], tile.queries), walk.queries(dims["v"])),
+    "q": (heads_of(q, dims["q"], tile.queries), walk.queries(dims["q"])),
+    "k": (heads_of(k, dims["k"], tile.keys), walk.keys(dims["k"])),
+    "v": (heads_of(v, dims["v"], tile.keys), walk.keys(dims["v"])),
+    "d_out": (heads_of(d_out, dims["v"], tile.queries), walk.queries(dims["v"])),
     "rows": (rows, walk.rows(ROW_TERMS)),
   }
   # Query heads that share a key head each write their part, in float32.
@@ -68,7 +69,7 @@ def _run(walk, name, wanted, operands, d_out, rows, bounds):
   for x in wanted:
     length = q_length if x == "q" else kv_length
     dtype = operands[x].dtype if x == "q" or groups == 1 else jnp.float32
-    struct = tpu_tiles.tokens_struct(call.batch, length, call.heads, dims[x], dtype)
+    struct = tpu_layout.struct(call.batch, length, call.heads, dims[x], dtype)
     if x != "q":
       spec = walk.keys(dims[x], shared=False)
     else:
@@ -83,7 +84,7 @@ def _run(walk, name, wanted, operands, d_out, rows, bounds):
   outs = tpu_tiles.run(walk, _kernel, name, inputs, outputs, scratch, bounds, flops)
 
   def whole(x):
-    grad = tpu_tiles.apart(outs[f"d_{x}"], operands[x].shape[1], dims[x])
+    grad = tpu_layout.apart(outs[f"d_{x}"], dims[x])[:, : operands[x].shape[1]]
     if x != "q" and groups > 1:
       grad = grad.reshape(*grad.shape[:2], call.kv_heads, groups, -1).sum(axis=3)
     return grad

@@ -1,5 +1,6 @@
 """Differential attention of one query per row on a TPU: the cache is read once for both maps."""
 
+import math
 from typing import Any
 
 import jax
@@ -8,13 +9,13 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jaxtyping import Float, Int
 
-from pallas_kernels import mosaic_tpu
+from pallas_kernels import mosaic_tpu, tpu_layout
 from pallas_kernels.common import vary_alike
 from pallas_kernels.diff_attention import reference, tpu_tiles
 from pallas_kernels.diff_attention.reference import HIDDEN, Options
 from pallas_kernels.diff_attention.tpu_forward import absorb, clear
-from pallas_kernels.diff_attention.tpu_tiles import LN2, dot, maps
-from pallas_kernels.mosaic_tpu import LANES, PARALLEL, SEQUENTIAL
+from pallas_kernels.diff_attention.tpu_tiles import LN2, maps
+from pallas_kernels.mosaic_tpu import LANES, PARALLEL, SEQUENTIAL, dot
 
 _MOST_KEYS = 512  # Of a tile.
 _ROWS = 16  # Of a bfloat16 tile: the query heads of a group are filled up to so many.
@@ -60,14 +61,10 @@ def decode(
     return jnp.clip(split * steps + step, firsts[b] // keys, last)
 
   def cache(x):
-    dim = x.shape[-1] * (x.shape[-2] if x.ndim == 5 else 1)
-    x = x.reshape(*x.shape[:3], dim)
-    view = tpu_tiles.side_by_side(x, 1)
-    if dim % LANES == 0:
-      index = lambda b, n, p, s, *bounds: (b, tile_index(b, p, s, *bounds), n)
-      return view, pl.BlockSpec((None, keys, dim), index)
-    index = lambda b, n, p, s, *bounds: (b, n, tile_index(b, p, s, *bounds), 0)
-    return view, pl.BlockSpec((None, None, keys, dim), index)
+    dim = math.prod(x.shape[3:])
+    place = lambda b, n, p, s, *bounds: (b, tile_index(b, p, s, *bounds), n)
+    view = tpu_layout.side_by_side(x.reshape(*x.shape[:3], dim))
+    return view, tpu_layout.blocks(dim, keys, place)
 
   def part(width):
     struct = jax.ShapeDtypeStruct((splits, batch, kv_heads, 2, rows, width), jnp.float32)

@@ -8,11 +8,12 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import tpu_layout
 from pallas_kernels.diff_attention import reference, tpu_tiles
 from pallas_kernels.diff_attention.blocks import TpuTile
 from pallas_kernels.diff_attention.reference import HIDDEN
-from pallas_kernels.diff_attention.tpu_tiles import LN2, Call, Walk, column, dot, maps
-from pallas_kernels.mosaic_tpu import LANES
+from pallas_kernels.diff_attention.tpu_tiles import LN2, Call, Walk, column, heads_of, maps
+from pallas_kernels.mosaic_tpu import LANES, dot
 
 # Where the running maximum starts: hidden scores lie so far below it that they weigh nothing.
 _LOWEST = HIDDEN / 2
@@ -44,11 +45,10 @@ def forward(
   length, heads, value_dim, dtype = call.length, call.heads, call.value_dim, v.dtype
   padded = walk.q_tiles * tile.queries
   lam = tpu_tiles.pad_length(operands["lam"].swapaxes(1, 2)[:, :, None], tile.queries, axis=3)
-  view = lambda x, dim, count: tpu_tiles.side_by_side(x.reshape(*x.shape[:3], dim), count)
   inputs = {
-    "q": (view(q, 2 * call.head_dim, tile.queries), walk.queries(2 * call.head_dim)),
-    "k": (view(k, call.key_dim, tile.keys), walk.keys(call.key_dim)),
-    "v": (view(v, value_dim, tile.keys), walk.keys(value_dim)),
+    "q": (heads_of(q, 2 * call.head_dim, tile.queries), walk.queries(2 * call.head_dim)),
+    "k": (heads_of(k, call.key_dim, tile.keys), walk.keys(call.key_dim)),
+    "v": (heads_of(v, value_dim, tile.keys), walk.keys(value_dim)),
     "lam": (lam, walk.rows(1)),
   }
   norm = call.options.eps is not None
@@ -61,7 +61,7 @@ def forward(
   outputs = {}
   for name in ("out", *saved):
     wide = dtype if name == "out" else jnp.float32
-    tokens = tpu_tiles.tokens_struct(call.batch, padded, heads, value_dim, wide)
+    tokens = tpu_layout.struct(call.batch, padded, heads, value_dim, wide)
     outputs[name] = tokens, walk.queries(value_dim)
   if save or call.options.return_lse:
     struct = jax.ShapeDtypeStruct((call.batch, heads, 2, padded), jnp.float32)
@@ -78,7 +78,7 @@ def forward(
   outs = {
     name: x.transpose(0, 3, 1, 2)[:, :length]
     if name == "lse"
-    else tpu_tiles.apart(x, length, value_dim)
+    else tpu_layout.apart(x, value_dim)[:, :length]
     for name, x in outs.items()
   }
   return outs

@@ -10,13 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.experimental import pallas as pl
-from jax.typing import DTypeLike
 from jaxtyping import Bool, Int
 
-from pallas_kernels import mosaic_tpu
+from pallas_kernels import mosaic_tpu, tpu_layout
 from pallas_kernels.diff_attention.blocks import TpuTile
 from pallas_kernels.diff_attention.reference import Options
-from pallas_kernels.mosaic_tpu import LANES, PARALLEL, SEQUENTIAL, SUBLANES
+from pallas_kernels.mosaic_tpu import PARALLEL, SEQUENTIAL, SUBLANES
 
 LN2 = math.log(2)
 
@@ -126,7 +125,7 @@ class Walk:
   # Index maps take (row, head, step) and the scalars: `tables`, offsets and limits.
 
   def queries(self, dim: int) -> pl.BlockSpec:
-    """Of `side_by_side`'s view of the queries and what is laid out as they are."""
+    """Of `heads_of` the queries and what is laid out as they are."""
     tile = lambda b, s, q_tiles, *_: q_tiles[s]
     return self._tokens(dim, self.tile.queries, 1, tile)
 
@@ -136,7 +135,7 @@ class Walk:
     return self._tokens(dim, length, 1, lambda *_: 0)
 
   def keys(self, dim: int, *, shared: bool = True) -> pl.BlockSpec:
-    """Of `side_by_side`'s view of keys or values, per key head or (unshared) per query head."""
+    """Of `heads_of` keys or values, per key head or (unshared) per query head."""
     group = self.call.heads // self.call.kv_heads if shared else 1
     return self._tokens(dim, self.tile.keys, group, self._kv_tile)
 
@@ -153,11 +152,8 @@ class Walk:
     return tile
 
   def _tokens(self, dim: int, count: int, group: int, tile: Callable[..., Any]) -> pl.BlockSpec:
-    if dim % LANES == 0:
-      index = lambda b, n, s, *tables: (b, tile(b, s, *tables), n // group)
-      return pl.BlockSpec((None, count, dim), index)
-    index = lambda b, n, s, *tables: (b, n // group, tile(b, s, *tables), 0)
-    return pl.BlockSpec((None, None, count, dim), index)
+    place = lambda b, n, s, *tables: (b, tile(b, s, *tables), n // group)
+    return tpu_layout.blocks(dim, count, place)
 
   def rows(self, count: int) -> pl.BlockSpec:
     """Of `B N count T`: numbers of a query, whose tokens fill the lanes."""
@@ -190,29 +186,9 @@ def refuse_unless_served(q: Array, k: Array, v: Array) -> None:
     raise NotImplementedError(f"No tile to visit in {q.shape=} {v.shape=}.")
 
 
-def side_by_side(x: Array, multiple: int) -> Array:
-  """`B T N D` as the kernels read it, in whole tiles.
-
-  Where a head is a multiple of 128 wide, heads lie side by side in the lanes of `B T (N D)`, which
-  is how a projection made them; others are put before the length, by a copy.
-  """
-  x = pad_length(x, multiple)
-  batch, length, _, dim = x.shape
-  return x.reshape(batch, length, -1) if dim % LANES == 0 else x.swapaxes(1, 2)
-
-
-def apart(x: Array, length: int, dim: int) -> Array:
-  """`B T N D` from what a kernel wrote."""
-  x = x.reshape(*x.shape[:2], -1, dim) if dim % LANES == 0 else x.swapaxes(1, 2)
-  return x[:, :length]
-
-
-def tokens_struct(
-  batch: int, length: int, heads: int, dim: int, dtype: DTypeLike
-) -> jax.ShapeDtypeStruct:
-  """Of what `apart` reads."""
-  shape = (batch, length, heads * dim) if dim % LANES == 0 else (batch, heads, length, dim)
-  return jax.ShapeDtypeStruct(shape, dtype)
+def heads_of(x: Array, dim: int, multiple: int) -> Array:
+  """`B T N ...` as kernels read it: a head's maps as one of `dim`, in whole tiles of tokens."""
+  return tpu_layout.side_by_side(pad_length(x.reshape(*x.shape[:3], dim), multiple))
 
 
 def pad_length(x: Array, multiple: int, axis: int = 1) -> Array:
@@ -303,15 +279,6 @@ class Step:
 def column(row: Array) -> Array:
   """`[1, n]` as `[n, 1]`."""
   return jnp.broadcast_to(row, (SUBLANES, row.shape[1])).T[:, :1]
-
-
-def dot(x: Array, y: Array, contract: tuple[int, int] = (1, 0)) -> Array:
-  """A product in float32; that of float32 operands is exact to its rounding."""
-  precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-  dimensions = (((contract[0],), (contract[1],)), ((), ()))
-  return jax.lax.dot_general(
-    x, y, dimensions, precision=precision, preferred_element_type=jnp.float32
-  )
 
 
 def maps(x: Array, head_dim: int) -> list[Array]:

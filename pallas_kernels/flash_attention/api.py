@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from typing import Literal
 
-import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+from pallas_kernels.checks import check_shapes
 from pallas_kernels.common import dispatch
 from pallas_kernels.flash_attention import gpu, reference, tpu
 from pallas_kernels.flash_attention.reference import Options
-from pallas_kernels.visibility import Visibility
+from pallas_kernels.visibility import bounds_of
 
 Implementation = Literal["xla", "naive", "splash", "cudnn"]
 
@@ -72,42 +72,24 @@ def flash_attention(
       f"q is laid out B T N H, k and v B S K H and B S K V with K heads that divide N, which "
       f"{q.shape=} {k.shape=} {v.shape=} are not."
     )
-  (batch, length), kv_length = q.shape[:2], k.shape[1]
-  if segment_ids is None and kv_segment_ids is not None:
-    raise ValueError("kv_segment_ids are given without segment_ids; give both.")
-  if segment_ids is not None and kv_segment_ids is None:
-    if length != kv_length:
-      raise ValueError(f"Give kv_segment_ids where {k.shape=} is not as long as {q.shape=}.")
-    kv_segment_ids = segment_ids
-  static = isinstance(q_offset, int)
-  for name, array, shapes in (
-    ("k", k, [(batch, kv_length, k.shape[2], q.shape[3])]),
-    ("v", v, [(*k.shape[:3], v.shape[3])]),
-    ("q_offset", None if static else q_offset, [(), (batch,)]),
-    ("segment_ids", segment_ids, [(batch, length)]),
-    ("kv_segment_ids", kv_segment_ids, [(batch, kv_length)]),
-    ("lengths", lengths, [(batch,)]),
-  ):
-    if array is not None and array.shape not in shapes:
-      raise ValueError(
-        f"{name} has shape {array.shape}; with {q.shape=} {k.shape=} it must be "
-        f"{' or '.join(map(str, shapes))}."
-      )
-    if (
-      array is not None and name not in ("k", "v") and not jnp.issubdtype(array.dtype, jnp.integer)
-    ):
-      raise ValueError(f"{name} counts or names tokens; {array.dtype=} must be an integer type.")
-  if not length or not kv_length:
+  check_shapes(
+    f"{q.shape=} and {k.shape=}",
+    k=(k, [(q.shape[0], *k.shape[1:3], q.shape[3])]),
+    v=(v, [(*k.shape[:3], v.shape[3])]),
+  )
+  q_offset, visibility = bounds_of(
+    q,
+    k,
+    q_offset=q_offset,
+    segment_ids=segment_ids,
+    kv_segment_ids=kv_segment_ids,
+    lengths=lengths,
+  )
+  if not q.shape[1] or not k.shape[1]:
     raise ValueError(f"There is at least one query and one key; not {q.shape=} {k.shape=}.")
   options = Options(
-    causal=causal,
-    window=window,
-    q_offset=q_offset if static else None,
-    scale=scale,
-    return_lse=return_lse,
+    causal=causal, window=window, q_offset=q_offset, scale=scale, return_lse=return_lse
   )
-  offsets = None if static else jnp.broadcast_to(q_offset, batch)
-  visibility = Visibility(offsets, segment_ids, kv_segment_ids, lengths)
   out, lse = dispatch(
     "flash_attention", IMPLEMENTATIONS, _DEFAULTS, implementation, options, q, k, v, visibility
   )

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from typing import Literal
 
-import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+from pallas_kernels.checks import check_at_least_one, check_integers, check_shapes
 from pallas_kernels.common import dispatch
-from pallas_kernels.retention import gpu, gpu_decode, reference, tpu
+from pallas_kernels.retention import gpu, gpu_decode, reference, tpu, tpu_decode
 
 Implementation = Literal["xla", "parallel", "recurrent", "pallas_tpu", "pallas_gpu"]
 DecodeImplementation = Literal["xla", "pallas_tpu", "pallas_gpu"]
@@ -24,7 +24,7 @@ IMPLEMENTATIONS = {
 
 DECODE_IMPLEMENTATIONS = {
   "xla": reference.decode,
-  "pallas_tpu": tpu.decode,
+  "pallas_tpu": tpu_decode.decode,
   "pallas_gpu": gpu_decode.decode,
 }
 
@@ -70,7 +70,16 @@ def retention(
     ValueError: Shapes disagree, or a name is unknown.
     ExceptionGroup: Every implementation asked for refused; holds the reasons.
   """
-  _check_arguments(q, k, v, log_decay, initial_state, lengths, segment_ids, chunk_size)
+  _check_heads(q, k, v, log_decay, "B T N H")
+  batch, length, *state = *q.shape, v.shape[-1]
+  check_shapes(
+    f"{q.shape=} and {v.shape=}",
+    initial_state=(initial_state, [(batch, *state)]),
+    lengths=(lengths, [(batch,)]),
+    segment_ids=(segment_ids, [(batch, length)]),
+  )
+  check_integers(lengths=lengths, segment_ids=segment_ids)
+  check_at_least_one(chunk_size=chunk_size)
   return dispatch(
     "retention",
     IMPLEMENTATIONS,
@@ -113,10 +122,12 @@ def retention_decode(
     ValueError: Shapes disagree, or a name is unknown.
     ExceptionGroup: Every implementation asked for refused; holds the reasons.
   """
-  per_token = log_decay[:, None] if log_decay.ndim == 2 else log_decay
-  _check_arguments(q[:, None], k[:, None], v[:, None], per_token, state, None, None, None)
-  if gate is not None and gate.shape != (*q.shape[:2], v.shape[-1]):
-    raise ValueError(f"{gate.shape=} must be {(*q.shape[:2], v.shape[-1])}, one per output.")
+  _check_heads(q, k, v, log_decay, "B N H")
+  check_shapes(
+    f"{q.shape=} and {v.shape=}",
+    state=(state, [(*q.shape, v.shape[-1])]),
+    gate=(gate, [(*q.shape[:2], v.shape[-1])]),
+  )
   return dispatch(
     "retention_decode",
     DECODE_IMPLEMENTATIONS,
@@ -126,30 +137,17 @@ def retention_decode(
   )
 
 
-def _check_arguments(q, k, v, log_decay, initial_state, lengths, segment_ids, chunk_size):
-  if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
-    raise ValueError(f"q, k and v are laid out B T N H, not {q.shape=} {k.shape=} {v.shape=}.")
-  (batch, length, heads, head_dim), (kv_heads, value_dim) = q.shape, v.shape[2:]
-  if heads % kv_heads:
+def _check_heads(q, k, v, log_decay, axes):
+  if any(x.ndim != len(axes.split()) for x in (q, k, v)):
+    raise ValueError(f"q, k and v are laid out {axes}, not {q.shape=} {k.shape=} {v.shape=}.")
+  (*lead, heads, head_dim), (kv_heads, value_dim) = q.shape, v.shape[-2:]
+  if not kv_heads or heads % kv_heads:
     raise ValueError(
-      f"Query heads share key heads evenly; make {q.shape[2]=} a multiple of {v.shape[2]=}."
+      f"Query heads share key heads evenly; make {q.shape[-2]=} a multiple of {v.shape[-2]=}."
     )
-  expected = {
-    "k": (k, [(batch, length, kv_heads, head_dim)]),
-    "v": (v, [(batch, length, kv_heads, value_dim)]),
-    "log_decay": (log_decay, [(heads,), (batch, length, heads)]),
-    "initial_state": (initial_state, [(batch, heads, head_dim, value_dim)]),
-    "lengths": (lengths, [(batch,)]),
-    "segment_ids": (segment_ids, [(batch, length)]),
-  }
-  for name, (array, shapes) in expected.items():
-    if array is not None and array.shape not in shapes:
-      raise ValueError(
-        f"{name} has shape {array.shape}; with {q.shape=} and {v.shape=} it must be "
-        f"{' or '.join(map(str, shapes))}."
-      )
-  for name, array in (("lengths", lengths), ("segment_ids", segment_ids)):
-    if array is not None and not jnp.issubdtype(array.dtype, jnp.integer):
-      raise ValueError(f"{name} counts or names tokens; {array.dtype=} must be an integer type.")
-  if chunk_size is not None and chunk_size < 1:
-    raise ValueError(f"{chunk_size=} must be at least 1, or None for the implementation's own.")
+  check_shapes(
+    f"{q.shape=} and {v.shape=}",
+    k=(k, [(*lead, kv_heads, head_dim)]),
+    v=(v, [(*lead, kv_heads, value_dim)]),
+    log_decay=(log_decay, [(heads,), (*lead, heads)]),
+  )

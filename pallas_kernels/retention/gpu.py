@@ -3,15 +3,13 @@
 The kernel goes over a sequence chunk by chunk with a tile of the state in registers. README.md
 shows why the gradients are the same sweep over other operands, against the sequence for two.
 
-A decay enters the kernel as exponents alone. What forgets everything, the start of a document or
-a gate of `-inf`, is a log decay of `RESET`, so that sums of log decays stay finite.
+A decay enters the kernel as exponents alone, sums of the gates that `gates.py` keeps finite.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jax.experimental import pallas as pl
@@ -19,16 +17,15 @@ from jaxtyping import Float, Int
 
 from pallas_kernels import mosaic_gpu
 from pallas_kernels.common import vary_alike
-from pallas_kernels.mosaic_gpu import WARPGROUP_ROWS, plgpu
+from pallas_kernels.mosaic_gpu import LOG2E, WARPGROUP_ROWS, plgpu
 from pallas_kernels.retention import reference
 from pallas_kernels.retention.blocks import GpuBlocks, GpuTile
+from pallas_kernels.retention.gates import finite_gates
 
-RESET = -128.0  # Its exp is 0 in float32.
 CHUNK = WARPGROUP_ROWS  # Tokens: the least that fills a matrix instruction, so the least work.
 
 _COPIED_ROWS = 8  # The copy engine's tile; beyond the last it reads zeros, and writes nothing.
 _DTYPES = (jnp.bfloat16, jnp.float16)
-_LOG2E = float(np.log2(np.e))  # The chip has a power of two, and no exponential.
 _NEVER = -1e30  # An exponent, whose power is 0.
 
 
@@ -65,12 +62,9 @@ def chunkwise(
   blocks.check(head_dim, value_dim)
 
   valid = None if lengths is None else reference.valid_tokens(lengths, length)
-  gates = jnp.maximum(log_decay.astype(jnp.float32), RESET)
-  gates = jnp.broadcast_to(gates, (batch, length, heads))
-  if segment_ids is not None:
-    gates = jnp.where(reference.document_starts(segment_ids, valid)[..., None], RESET, gates)
+  gates = jnp.broadcast_to(log_decay, (batch, length, heads))
+  gates = finite_gates(gates, segment_ids, valid)
   if valid is not None:  # What a padded token holds is not ours to trust, and may be a NaN.
-    gates = jnp.where(valid[..., None], gates, 0)
     k, v = (jnp.where(valid[..., None, None], x, 0) for x in (k, v))
   state = () if initial_state is None else (initial_state.astype(jnp.float32),)
   if padding := -length % _COPIED_ROWS:
@@ -160,7 +154,7 @@ def _exponents(gates: Float[Array, "B T N"], reverse: bool) -> Float[Array, "B N
   batch, length, heads = gates.shape
   if reverse:
     gates = jnp.pad(gates[:, 1:], ((0, 0), (0, 1), (0, 0)))
-  gates = jnp.pad(gates * _LOG2E, ((0, 0), (0, -length % CHUNK), (0, 0)))
+  gates = jnp.pad(gates * LOG2E, ((0, 0), (0, -length % CHUNK), (0, 0)))
   gates = gates.swapaxes(1, 2).reshape(batch, heads, -1, CHUNK)
   return jax.lax.cumsum(gates, axis=3, reverse=reverse)
 
