@@ -36,6 +36,7 @@ def test_second_call_finds_the_first_ones_work(config, monkeypatch):
     {"max_train_bytes": 100},
     {"validation_fraction": 0.5},
     {"tokenizer": "bpe", "vocab_size": 270},
+    {"tokenizer": "chars"},
     {"include": ("1*.txt",)},
   ],
 )
@@ -48,6 +49,28 @@ def test_changed_text_makes_another_file(config):
   first = prepare.prepare(prepare.DataConfig(**config))
   (pathlib.Path(config["path"]) / "0.txt").write_text("another text")
   assert prepare.prepare(prepare.DataConfig(**config)).path != first.path
+
+
+def test_characters_are_those_of_every_split_of_a_text(tmp_path):
+  text = "to be, or not to be: " * 9 + "zé?"  # The last three are held out.
+  (tmp_path / "one.txt").write_text(text)
+  fields = dict(path=str(tmp_path / "one.txt"), cache_dir=str(tmp_path), validation_fraction=0.1)
+  file = prepare.prepare(prepare.DataConfig(**fields, tokenizer="chars"))
+  assert file.tokenizer.characters == "".join(sorted(set(text)))
+  cut = int(len(text) * 0.9)  # As nanoGPT cuts.
+  for split, part in (("train", text[:cut]), ("validation", text[cut:])):
+    bos, *ids = file.split(split).tolist()
+    assert bos == file.tokenizer.bos_id and file.tokenizer.decode(ids) == part
+  again = dict(path=str(file.path), tokenizer="chars")
+  assert prepare.prepare(prepare.DataConfig(**again)).sha256 == file.sha256
+  for other, message in (
+    (dict(tokenizer="bpe"), "data.tokenizer='bpe', but .* was made with 'chars'"),
+    (dict(vocab_size=9), "vocab_size=9, but"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      prepare.prepare(prepare.DataConfig(**again | other))
+  with pytest.raises(ValueError, match="data.tokenizer='chars' has 14 tokens"):
+    prepare.prepare(prepare.DataConfig(**fields, tokenizer="chars", vocab_size=65))
 
 
 def test_bpe_learns_from_the_training_split_alone(config):

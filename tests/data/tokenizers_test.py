@@ -19,8 +19,10 @@ def bpe():
   return tokenizers.BPETokenizer.train([TEXT, "print(range(10))"], 300)
 
 
-@pytest.fixture(params=["bytes", "bpe"])
+@pytest.fixture(params=["bytes", "bpe", "chars"])
 def tokenizer(request, bpe):
+  if request.param == "chars":
+    return tokenizers.CharTokenizer.train([TEXT, "\x00\x7f\u0080\U0010ffff"])
   return tokenizers.ByteTokenizer() if request.param == "bytes" else bpe
 
 
@@ -45,6 +47,36 @@ def test_cut_character_decodes_to_replacement(tokenizer):
   ids = tokenizer.encode("é")
   assert tokenizer.decode_bytes(ids) == "é".encode()
   assert tokenizers.ByteTokenizer().decode([0xC3]) == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_characters_are_numbered_by_code_point():
+  tokenizer = tokenizers.CharTokenizer.train(["ca", "b🙂", "é", ""])
+  assert tokenizer.characters == "abcé🙂"
+  assert tokenizer.encode("🙂cabé").tolist() == [4, 2, 0, 1, 3]
+  assert (tokenizer.bos_id, tokenizer.pad_id, tokenizer.vocab_size) == (5, 6, 7)
+  assert tokenizer.byte_lengths.tolist() == [1, 1, 1, 2, 4, 0, 0]
+  assert tokenizer.digest != tokenizers.CharTokenizer.train(["abc"]).digest
+
+
+@pytest.mark.parametrize("text", ["", "d", "aaZb\U0010ffffZ"])
+def test_characters_that_are_unknown(text):
+  tokenizer = tokenizers.CharTokenizer("abc")
+  if not text:
+    assert tokenizer.encode(text).shape == (0,)
+    return
+  shown = {"d": "'d'"}.get(text, r"'Z\\U0010ffff'")
+  with pytest.raises(ValueError, match=f"the text has {shown}, none of the 3 characters"):
+    tokenizer.encode(text)
+
+
+def test_bad_alphabets():
+  for characters in ("", "ba", "aab"):
+    with pytest.raises(ValueError, match="different, sorted"):
+      tokenizers.CharTokenizer(characters)
+  with pytest.raises(ValueError, match="found no character"):
+    tokenizers.CharTokenizer.train([""])
+  with pytest.raises(ValueError, match="characters=3 is no string"):
+    tokenizers.from_dict({"kind": "chars", "characters": 3})
 
 
 def test_save_and_load(tokenizer, tmp_path):
