@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from latentlab.ops.mesh import axes_size, axes_to_map, check_sizes, map_parts
+from latentlab.ops.mesh import axes_to_map, check_sizes, map_parts, repeat_key_heads
 from latentlab.ops.positions import document_positions
 from latentlab.typing import Array, Bool, DTypeLike, Float, Int, Shaped
 from pallas_kernels.flash_attention import Implementation
@@ -426,9 +426,8 @@ def flash_attention(
     args["q_offset"] = jnp.broadcast_to(q_offset, q.shape[:1])
   if "segment_ids" in args:
     args.setdefault("kv_segment_ids", segment_ids)
-  if k.shape[2] % axes_size(axes[2]):
-    args |= {name: jnp.repeat(args[name], q.shape[2] // k.shape[2], axis=2) for name in ("k", "v")}
-  check_sizes(dict(B=q.shape[0], T=q.shape[1], N=q.shape[2], K=args["k"].shape[2]), axes)
+  check_sizes(dict(B=q.shape[0], T=q.shape[1], N=q.shape[2]), axes)
+  args["k"], args["v"] = repeat_key_heads(axes, k, v)
 
   b, t, n = (names or None for names in axes)
   specs = dict.fromkeys(("k", "v"), PartitionSpec(b, None, n, None))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from latentlab.ops.mesh import axes_to_map, check_sizes, map_parts
+from latentlab.ops.mesh import axes_to_map, check_sizes, map_parts, repeat_key_heads
 from latentlab.typing import Array, Float, Int
 from pallas_kernels.diff_attention import Implementation
 from pallas_kernels.diff_attention import diff_attention as kernel
@@ -60,7 +60,7 @@ def diff_attention(
     implementation: See there.
     spec: Layout of a `B T N V` array over the ambient mesh. Axes that are manual already (inside
       `pmap` or `shard_map`) are left out; with one device left, or no mesh, the call is the plain
-      one.
+      one. Key heads that its devices do not divide are repeated.
 
   Returns:
     The outputs, and the log-sum-exps if asked for.
@@ -92,8 +92,9 @@ def diff_attention(
   axes = axes_to_map(spec)
   if axes is None:
     return kernel(**args, q_offset=q_offset, **options)
-  check_sizes(dict(B=q.shape[0], T=q.shape[1], N=q.shape[2], K=v.shape[2]), axes)
+  check_sizes(dict(B=q.shape[0], T=q.shape[1], N=q.shape[2]), axes)
   check_sizes(dict(T=v.shape[1]), axes)
+  args["k"], args["v"] = repeat_key_heads(axes, k, v)
   if segment_ids is not None and kv_segment_ids is None and q.shape[1] == v.shape[1]:
     args["kv_segment_ids"] = segment_ids
   if not isinstance(q_offset, int):
@@ -175,7 +176,8 @@ def diff_attention_decode(
   axes = axes_to_map(spec)
   if axes is None:
     return decode_kernel(**args, **options)
-  check_sizes(dict(B=q.shape[0], N=q.shape[1], K=v.shape[2]), axes)
+  check_sizes(dict(B=q.shape[0], N=q.shape[1]), axes)
+  args["k"], args["v"] = repeat_key_heads(axes, k, v)
   b, _, n = (names or None for names in axes)
   heads, cache = PartitionSpec(b, n), PartitionSpec(b, None, n)
   specs = dict(

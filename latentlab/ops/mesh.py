@@ -5,9 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from latentlab.typing import Array
+from latentlab.typing import Array, Shaped
 
 
 def axes_to_map(spec: PartitionSpec | None) -> tuple[tuple[str, ...], ...] | None:
@@ -56,6 +57,18 @@ def check_sizes(sizes: dict[str, int], axes: tuple[tuple[str, ...], ...]) -> Non
         f"{letter}={size} does not divide over the {devices} devices of mesh axes "
         f"{names}; change the size, the mesh, or the spec."
       )
+
+
+def repeat_key_heads(
+  axes: tuple[tuple[str, ...], ...], *arrays: Shaped[Array, "B S K ..."]
+) -> tuple[Shaped[Array, "B S heads ..."], ...]:
+  """Key heads that the devices of the heads' axes do not divide, repeated as often as they do.
+
+  A device then has the key heads of its query heads, whose number is a multiple of both.
+  """
+  devices, heads = axes_size(axes[2]), arrays[0].shape[2]
+  times = devices // math.gcd(devices, heads)
+  return tuple(x if times == 1 else jnp.repeat(x, times, axis=2) for x in arrays)
 
 
 def map_parts(

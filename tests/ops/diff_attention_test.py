@@ -56,6 +56,9 @@ def _unsharded(lam, padded, window):
     (P("data", "seq", "tensor"), "token", True, False),
     (P("data", "seq", "tensor"), "scalar", False, True),
     (P(None, ("data", "tensor", "seq")), "head", True, True),
+    # Four devices, which the two key heads are repeated for.
+    (P(None, "seq", ("data", "tensor")), "token", True, False),
+    (P(None, None, ("data", "tensor")), "head", False, True),
   ],
   ids=str,
 )
@@ -96,7 +99,8 @@ def test_queries_stay_where_keys_are_gathered(mesh):
   assert compiled(*args).sharding.spec[1] == spec[1]
 
 
-def test_decoding_over_batch_and_heads(mesh):
+@pytest.mark.parametrize("heads", ["tensor", ("data", "tensor")])
+def test_decoding_over_batch_and_heads(mesh, heads):
   q, k, v, lam, gain = _inputs()
   op = lambda spec: jax.jit(
     functools.partial(ops.diff_attention_decode, eps=1e-5, window=9, spec=spec)
@@ -104,7 +108,8 @@ def test_decoding_over_batch_and_heads(mesh):
   arrays = dict(lengths=jnp.array([20, 3]), gain=gain)
   want = op(None)(q[:, 0], k, v, lam, **arrays)
   with jax.set_mesh(mesh):
-    got = op(P("data", None, "tensor"))(q[:, 0], k, v, lam, **arrays)
+    spec = P("data" if heads == "tensor" else None, None, heads)
+    got = op(spec)(q[:, 0], k, v, lam, **arrays)
   np.testing.assert_allclose(got, want, atol=1e-5)
 
 
@@ -128,7 +133,6 @@ def test_tpu_kernels_run_on_parts(tpu_mesh):
   "spec,match",
   [
     (P(None, None, ("data", "tensor", "seq")), r"N=4 .*tensor"),
-    (P(None, None, ("data", "tensor")), r"K=2 .*tensor"),
     (P(("data", "seq")), r"B=2 .*seq"),
     (P(None, None, None, "data"), r"stays whole"),
   ],
