@@ -13,6 +13,7 @@ _VERSION = re.search(r'^__version__ = "(.+)"$', _INIT, re.MULTILINE)[1]
 _JAX = ">=0.10.1,<0.13"
 
 _EXTRAS = {
+  "arrow": ["pyarrow>=20,<27"],
   "cuda13": [f"jax[cuda13]{_JAX}"],
   "tpu": [f"jax[tpu]{_JAX}"],
   "interop": ["safetensors>=0.5,<1"],
@@ -30,6 +31,7 @@ _EXTRAS["test"] = [
   "pytest>=8.3,<10",
   "pytest-xdist>=3.6,<4",
   "ruff>=0.12,<1",
+  *_EXTRAS["arrow"],
   *_EXTRAS["interop"],
   *_EXTRAS["logging"],
 ]

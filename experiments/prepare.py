@@ -23,7 +23,9 @@ _SOURCE = flags.DEFINE_enum(
   ["standard_library", "path"],
   "The embedded corpus, or --path (which is enough by itself).",
 )
-_PATH = flags.DEFINE_string("path", "", "A text file, a jsonl file, or a folder of these.")
+_PATH = flags.DEFINE_string(
+  "path", "", "A text, jsonl, Parquet or Arrow file, a folder of these, or a saved data set."
+)
 _INCLUDE = flags.DEFINE_list("include", list(_DEFAULTS.include), "File names to use in a folder.")
 _TOKENIZER = flags.DEFINE_string(
   "tokenizer",

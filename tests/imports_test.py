@@ -26,7 +26,15 @@ _ALLOWED |= {
 _ALLOWED["train"] |= {"data", "eval"}
 _ALLOWED["app"] |= {"data", "eval"}
 _ALLOWED["experiments"] |= {"data", "eval", "horae", "interop"}
-_OPTIONAL = {"huggingface_hub", "safetensors", "tensorboardX", "torch", "transformers", "wandb"}
+_OPTIONAL = {
+  "huggingface_hub",
+  "pyarrow",
+  "safetensors",
+  "tensorboardX",
+  "torch",
+  "transformers",
+  "wandb",
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,8 +32,9 @@ class DataConfig:
 
   Attributes:
     source: "standard_library" (the embedded corpus), "path", or "synthetic" (tasks made in memory).
-    path: A text file, a jsonl file, a folder of these, or a token file made by
-      `experiments/prepare.py`. Once set, it takes the place of the embedded corpus.
+    path: A text, jsonl, Parquet or Arrow file, a folder of these, a data set that `datasets` saved
+      to a disk, or a token file made by `experiments/prepare.py`. Once set, it takes the place of
+      the embedded corpus.
     include: Patterns of file names to use in a folder.
     task: The synthetic task.
     tokenizer: "bytes"; "chars", the characters of all splits; "bpe", trained on the training split;

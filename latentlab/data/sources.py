@@ -14,15 +14,18 @@ import pathlib
 import sysconfig
 from collections.abc import Sequence
 
+from latentlab.data import columns
+
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-  """A utf-8 text: a file, or the "text" field of one line of a jsonl file.
+  """A utf-8 text: a file, or the "text" field of a jsonl file's line or a columnar file's row.
 
   Attributes:
     name: Unique in its corpus; decides the split.
     path: The file it lies in.
-    line: Byte range `(begin, end)` of its line in a jsonl file; `None` for a whole file.
+    line: Byte range `(begin, end)` of its line in a jsonl file.
+    row: Its row in a columnar file; `None`, as `line`, for a whole file.
     begin: First character used.
     end: Character after the last one used; `None` for all.
   """
@@ -30,11 +33,14 @@ class Document:
   name: str
   path: pathlib.Path
   line: tuple[int, int] | None = None
+  row: int | None = None
   begin: int = 0
   end: int | None = None
 
   def read(self) -> str:
     """The text; a `ValueError` names the file and what is wrong with it."""
+    if self.row is not None:
+      return columns.read(self.path, self.row)[self.begin : self.end]
     offset, end = self.line or (0, None)
     try:
       with self.path.open("rb") as f:
@@ -101,10 +107,12 @@ def standard_library() -> tuple[list[Document], int]:
 
 
 def files(path: str | os.PathLike, include: Sequence[str] = ("*",)) -> list[Document]:
-  """Documents of a text file, of a jsonl file, or of a folder of both.
+  """Documents of a text, jsonl, Parquet or Arrow file, of a folder of these, or of a data set.
 
   Args:
-    path: A jsonl file holds one document per line; any other file is one document.
+    path: A jsonl file holds one document per line and a columnar file one per row, both in a field
+      "text"; any other file is one document. A folder may be a data set that Hugging Face's
+      `datasets` saved to the disk.
     include: In a folder, patterns that a file's name must match (one of them). Hidden files and
       folders are left out.
   """
@@ -117,7 +125,9 @@ def files(path: str | os.PathLike, include: Sequence[str] = ("*",)) -> list[Docu
 
 def _find(path: pathlib.Path, include: Sequence[str]) -> list[Document]:
   if path.is_dir():
-    documents = [d for file in _walk(path, include) for d in _documents(file)]
+    shards = columns.shards(path)
+    found = _walk(path, include) if shards is None else [Document(p.name, p) for p in shards]
+    documents = [d for file in found for d in _documents(file)]
     if not documents:
       raise ValueError(
         f"data.path={str(path)!r} holds no file that matches data.include={tuple(include)!r}."
@@ -125,7 +135,7 @@ def _find(path: pathlib.Path, include: Sequence[str]) -> list[Document]:
     return documents
   if not path.exists():
     raise ValueError(
-      f"data.path={str(path)!r} does not exist; give a text file, a jsonl file, a "
+      f"data.path={str(path)!r} does not exist; give a text, jsonl, Parquet or Arrow file, a "
       "folder or a token file made by experiments/prepare.py."
     )
   documents = _documents(Document(path.name, path))
@@ -202,6 +212,9 @@ _EXCLUDED_FOLDERS = frozenset({"__pycache__", "dist-packages", "site-packages"})
 
 
 def _documents(file: Document) -> list[Document]:
+  if file.path.suffix in columns.SUFFIXES:
+    rows = range(columns.num_rows(file.path))
+    return [Document(f"{file.name}:{row}", file.path, row=row) for row in rows]
   if file.path.suffix != ".jsonl":
     return [file]
   documents, begin = [], 0
