@@ -96,7 +96,7 @@ class Cell:
     path = self.workdir / "config.json"
     if not path.exists():
       return
-    old, new = (flat(json.loads(x)) for x in (path.read_text(), self.config.to_json()))
+    old, new = (settings(json.loads(x)) for x in (path.read_text(), self.config.to_json()))
     if changed := [
       f"{k}: {old.get(k)!r} there, {new.get(k)!r} asked for"
       for k in sorted(old.keys() | new.keys())
@@ -179,12 +179,16 @@ def environments(cells: Sequence[Cell]) -> list[dict[str, Any]]:
   return [json.loads(text) | {"cells": names} for text, names in places.items()]
 
 
-def flat(x: Any, path: str = "") -> dict[str, Any]:
-  """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+def settings(config: Mapping[str, Any]) -> dict[str, Any]:
+  """What decides a run, `{"a": {"b": 1}}` as `{"a.b": 1}`; what a paper expects of it does not."""
+  return _flat({name: x for name, x in config.items() if name != "expected"})
+
+
+def _flat(x: Any, path: str = "") -> dict[str, Any]:
   if not isinstance(x, dict):
     return {path: x}
   return {
-    k: v for name, y in x.items() for k, v in flat(y, f"{path}.{name}" if path else name).items()
+    k: v for name, y in x.items() for k, v in _flat(y, f"{path}.{name}" if path else name).items()
   }
 
 

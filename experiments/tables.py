@@ -104,8 +104,10 @@ class Table:
     """
     if unknown := [row for row in names if row not in self.rows]:
       raise ValueError(f"unknown --rows={','.join(unknown)}; choose among {list(self.rows)}.")
-    wanted = {self.base, *names, *(self.rows[row].base for row in names)}
-    return {name: row for name, row in self.rows.items() if not names or name in wanted}
+    wanted, found = {self.base, *(names or self.rows)}, set()
+    while wanted != found:
+      found, wanted = wanted, wanted | {self.rows[row].base for row in wanted}
+    return {name: row for name, row in self.rows.items() if name in wanted}
 
 
 def load(path: str) -> Table:
@@ -306,7 +308,7 @@ def _text(
   """The table as Markdown."""
   about = {name: row.about for name, row in rows.items()}
   bases = {name: row.base for name, row in rows.items() if row.base not in (name, table.base)}
-  others = "".join(f", of `{name}` to `{base}`" for name, base in bases.items())
+  elsewhere = "".join(f", of `{name}` to `{base}`" for name, base in bases.items())
   changed = [
     f"`{name}` is {', '.join(f'`{row.metrics.get(c)}` in {c}' for c in differing)}"
     for name, row in rows.items()
@@ -316,7 +318,7 @@ def _text(
     f"# {table.title}\n\n",
     f"Scale `{scale}`. {table.scales[scale]}\n\n",
     f"Ours: mean ± half of the 95 % t-interval over {num_seeds} seeds. Ratios and differences "
-    f"are to `{table.base}`{others}, seed by seed. Made by\n\n```\n{command}\n```\n\n",
+    f"are to `{table.base}`{elsewhere}, seed by seed. Made by\n\n```\n{command}\n```\n\n",
     f"**Not finished: {', '.join(missing)}.**\n\n" if missing else "",
     tables.markdown(columns, about, table.metrics),
     f"\nOf ours, {'; '.join(changed)}.\n".replace("`None`", "not measured") if changed else "",
@@ -406,12 +408,12 @@ def _configs(cells: Sequence[Cell], base: str) -> dict[str, Any]:
   """The base row's config, and what each other run changes of it, at the first seed."""
   first = {cell.run: cell.config for cell in reversed(cells)}
   whole = json.loads(first.pop(base).to_json())
-  flat_base = cells_lib.flat(whole)
+  there = cells_lib.settings(whole)
   changes = {
     run: {
       k: v
-      for k, v in cells_lib.flat(json.loads(config.to_json())).items()
-      if flat_base.get(k, ...) != v and not k.startswith("expected.")
+      for k, v in cells_lib.settings(json.loads(config.to_json())).items()
+      if there.get(k, ...) != v
     }
     for run, config in first.items()
   }

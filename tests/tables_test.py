@@ -277,14 +277,38 @@ def test_does_not_mix_configs(table, tmp_path):
 
 def test_a_metric_needs_an_evaluation(tmp_path):
   path = tmp_path / "table.py"
-  path.write_text(CONFIG.read_text().replace("validation_4x/perp", "validation_8x/perp"))
+  path.write_text(
+    "from experiments.configs.retnet.table6_ablations import *\n"
+    "METRICS = {'In-domain': 'validation_8x/perplexity'}\n"
+  )
   with pytest.raises(ValueError, match="no evaluation for the metric 'validation_8x/perplexity'"):
     binary.make_cells(binary.load(str(path)), tmp_path, scale="small", seeds=["0"])
 
 
-def test_tables_of_one_name_share_their_runs(monkeypatch):
+def test_what_a_paper_expects_decides_no_run(table, tmp_path):
+  make = lambda: binary.make_cells(table, tmp_path, scale="small", seeds=["0"], smoke=True)
+  cell = make()[0]
+  _finish(cell, 8.0, 9.0)
+  path = cell.workdir / "config.json"
+  written = json.loads(path.read_text())
+  path.write_text(json.dumps(written | {"expected": {"validation/perplexity": 3.0}}))
+  make()
+  path.write_text(json.dumps(written | {"seed": 1}))
+  with pytest.raises(ValueError, match=r"another config \(seed: 1 there, 0 asked for\)"):
+    make()
+
+
+def test_tables_of_one_name_share_their_runs():
   assert binary.describe(_module()).runs == "table"
   assert binary.describe(_module(RUNS="lengths")).runs == "lengths"
+
+
+def test_rows_come_with_those_that_they_are_compared_with():
+  rows = _module().ROWS
+  rows["c"] = dict(about="", expected={}, base="b_blocks")
+  table = binary.describe(_module(ROWS=rows))
+  assert list(table.select(["c"])) == list(table.select()) == ["a", "b", "b_blocks", "c"]
+  assert list(table.select(["b"])) == ["a", "b"]
 
 
 def test_needs_the_base_row(table, tmp_path):
