@@ -60,9 +60,10 @@ def _stamp(path: pathlib.Path) -> tuple[int, int]:
   return stat.st_mtime_ns, stat.st_size
 
 
-@functools.lru_cache(maxsize=2)
+# Documents are visited in an order that jumps between files, so that all of them stay open.
+@functools.lru_cache(maxsize=1024)
 def _column(path: pathlib.Path, stamp: tuple[int, int]) -> Any:
-  """The texts of a file; an Arrow stream stays on the disk, mapped."""
+  """The texts of a file: of a Parquet file in memory, of an Arrow stream on the disk, mapped."""
   del stamp
   try:
     import pyarrow as pa

@@ -179,7 +179,8 @@ def _column(
     for row, c in comparisons.items()
   )
   table = markdown_table(header + ["direction"] * known, rows)
-  return f"{table}\n{verdicts(comparisons)}\n" if known else table
+  decided = any(c.verdict for c in comparisons.values())
+  return f"{table}\n{verdicts(comparisons)}\n" if decided else table
 
 
 def verdicts(comparisons: Mapping[str, Comparison]) -> str:
