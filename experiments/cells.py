@@ -16,6 +16,7 @@ from typing import Any
 import ml_collections
 import tqdm
 from absl import flags
+from flax import traverse_util
 from ml_collections import config_flags
 
 from latentlab.train import metrics
@@ -181,15 +182,8 @@ def environments(cells: Sequence[Cell]) -> list[dict[str, Any]]:
 
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
   """What decides a run, `{"a": {"b": 1}}` as `{"a.b": 1}`; what a paper expects of it does not."""
-  return _flat({name: x for name, x in config.items() if name != "expected"})
-
-
-def _flat(x: Any, path: str = "") -> dict[str, Any]:
-  if not isinstance(x, dict):
-    return {path: x}
-  return {
-    k: v for name, y in x.items() for k, v in _flat(y, f"{path}.{name}" if path else name).items()
-  }
+  decisive = {name: x for name, x in config.items() if name != "expected"}
+  return traverse_util.flatten_dict(decisive, sep=".")
 
 
 def _environment() -> dict[str, Any]:

@@ -189,6 +189,20 @@ def test_rows_do_not_depend_on_the_number_of_processes(any_fields, process_count
   _assert_equal(got, want)
 
 
+@pytest.mark.parametrize("options", [dict(), dict(score_last=3)], ids=str)
+def test_pieces_do_not_depend_on_the_number_of_processes(fields, options):
+  def run(*process):
+    built = data.build(fields, 4, *process)
+    return list(built.eval_batches("train", seq_length=10, document_length=30, **options))
+
+  parts = [run(p, 2) for p in range(2)]
+  got = [
+    {name: np.concatenate([b[name] for b in bs]) for name in bs[0]}
+    for bs in zip(*parts, strict=True)
+  ]
+  _assert_equal(got, run())
+
+
 def test_split_and_carry_the_state(any_fields):
   built = data.build(any_fields, 4)
   want = _take(built.train_iterator(5), 9)
