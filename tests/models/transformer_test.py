@@ -1,0 +1,232 @@
+"""Transformers of every position scheme: masks of inference, sizes, and padding."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from latentlab.layers import RingCache
+from latentlab.models import (
+  LanguageModel,
+  build_config,
+  decode_step,
+  flops_per_token,
+  init_cache,
+  num_params,
+  prefill,
+)
+
+VOCAB, HALF = 23, 3
+SIZES = dict(
+  name="transformer", num_layers=2, embed_dim=16, num_heads=2, train_length=2 * HALF, unroll=1
+)
+SCHEMES = {
+  "xpos": dict(positions="xpos"),
+  "xpos_half": dict(positions="xpos", rope_layout="half", num_kv_heads=1),
+  "xpos_decay": dict(positions="xpos", xpos_rotation=False),
+  "xpos_center": dict(positions="xpos", xpos_center=20),
+  "rope": dict(positions="rope"),
+  "alibi": dict(positions="alibi"),
+  "sinusoidal": dict(positions="sinusoidal"),
+}
+MASKS = ("blockwise_causal", "sliding_window")
+
+
+@functools.cache
+def _params(scheme):
+  """Larger than at the start, so that attention prefers some keys to others."""
+  model = LanguageModel(build_config(SIZES | SCHEMES[scheme], VOCAB))
+  params = nn.unbox(jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 2), jnp.int32)))["params"]
+  return jax.tree.map(lambda x: 3 * x if x.ndim > 3 else x, params)
+
+
+def _model(scheme, mask="causal"):
+  config = build_config(SIZES | SCHEMES[scheme] | dict(mask=mask), VOCAB)
+  return LanguageModel(config), _params(scheme)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(model, params, tokens, **options):
+  return model.apply({"params": params}, tokens, **options).logits
+
+
+def _tokens(length, batch=2):
+  return jax.random.randint(jax.random.key(7), (batch, length), 0, VOCAB)
+
+
+def _written_out(model, params, tokens):
+  """All scores at once, by positions that the model is told."""
+  positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+  return _logits(model, params, tokens, positions=positions)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("scheme", ["xpos", "alibi"])
+def test_lex_05_layers_of_windows_are_layers_of_the_mask(scheme, mask):
+  model, params = _model(scheme, mask)
+  tokens = _tokens(23)
+  want = _written_out(model, params, tokens)
+  np.testing.assert_allclose(_logits(model, params, tokens), want, atol=1e-4)
+  causal = _logits(*_model(scheme), tokens)
+  reach = 2 * HALF
+  np.testing.assert_allclose(causal[:, :reach], want[:, :reach], atol=1e-4)
+  assert np.abs(causal[:, reach:] - want[:, reach:]).max() > 1e-2
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _read(model, params, tokens, cache, positions=None):
+  out = model.apply({"params": params}, tokens, positions, cache=cache)
+  return out.logits, out.cache
+
+
+@pytest.mark.parametrize(
+  "scheme, mask",
+  [("xpos_half", "blockwise_causal"), ("xpos", "sliding_window"), ("alibi", "blockwise_causal")],
+)
+def test_lex_05_prefill_in_pieces_then_token_by_token_is_one_pass(scheme, mask):
+  """Of two layers, at every token; the cache never exceeds the trained length."""
+  model, params = _model(scheme, mask)
+  tokens = _tokens(23)
+  want = _written_out(model, params, tokens)
+  for pieces in ((17,), (6, 11), (1, 2, 7, 7)):
+    cache, start = init_cache(model.config, 2, 23), 0
+    for size in (*pieces, *[1] * (23 - sum(pieces))):
+      logits, cache = _read(model, params, tokens[:, start : start + size], cache)
+      np.testing.assert_allclose(logits, want[:, start : start + size], atol=1e-4)
+      start += size
+    (ring,) = cache.stages[0]
+    assert isinstance(ring, RingCache) and ring.k.shape[2] == 2 * HALF
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_lex_05_ragged_prompts_of_every_length(mask):
+  """Rows of 1 to 23 tokens in one padded batch, and then token by token."""
+  length = 23
+  model, params = _model("xpos", mask)
+  tokens = jnp.broadcast_to(_tokens(length, 1), (length, length))
+  want = _written_out(model, params, tokens[:1])[0]
+  lengths = jnp.arange(1, length + 1)
+  logits, cache = jax.jit(functools.partial(prefill, model, max_length=60))(params, tokens, lengths)
+  np.testing.assert_allclose(logits, want, atol=1e-4)
+  step = jax.jit(functools.partial(decode_step, model))
+  for t in range(1, length):
+    logits, cache = step(params, tokens[0, (lengths - 1 + t).clip(max=length - 1)], cache)
+    np.testing.assert_allclose(logits[: length - t], want[t:], atol=1e-4)
+  assert step._cache_size() == 1
+  # More prompt behind prompts of different lengths, ragged again.
+  first = jax.jit(functools.partial(prefill, model, max_length=60))
+  _, cache = first(params, tokens[:4, :9], jnp.array([1, 4, 7, 9]))
+  more = jnp.stack([tokens[0, n : n + 8] for n in (1, 4, 7, 9)])
+  lengths = jnp.array([8, 1, 5, 8])
+  then = jax.jit(lambda *a, cache: prefill(model, *a, cache=cache))
+  logits, _ = then(params, more, lengths, cache=cache)
+  np.testing.assert_allclose(logits, want[jnp.array([8, 4, 11, 16])], atol=1e-4)
+
+
+def test_lex_05_forked_rows_go_on_as_their_source():
+  model, params = _model("xpos", "blockwise_causal")
+  tokens = _tokens(14)
+  want = _written_out(model, params, tokens)
+  _, cache = _read(model, params, tokens[:, :11], init_cache(model.config, 2, 20))
+  rows = jnp.array([1, 0, 1])
+  cache = cache.fork(rows).grow(40)
+  for t in range(11, 14):
+    logits, cache = _read(model, params, tokens[rows, t : t + 1], cache)
+    np.testing.assert_allclose(logits[:, 0], want[rows, t], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+  "scheme, mask", [("xpos_decay", "causal"), ("xpos_center", "blockwise_causal")]
+)
+def test_lex_02_every_xpos_is_the_same_by_cache_and_in_place(scheme, mask):
+  model, params = _model(scheme, mask)
+  tokens = _tokens(15)
+  want = _written_out(model, params, tokens)
+  np.testing.assert_allclose(_logits(model, params, tokens), want, atol=1e-4)
+  logits, cache = _read(model, params, tokens[:, :10], init_cache(model.config, 2, 15))
+  np.testing.assert_allclose(logits, want[:, :10], atol=1e-4)
+  for t in range(10, 15):
+    logits, cache = _read(model, params, tokens[:, t : t + 1], cache)
+    np.testing.assert_allclose(logits[:, 0], want[:, t], atol=1e-4)
+
+
+def test_lex_02_a_center_changes_nothing():
+  tokens = _tokens(15)
+  centered = LanguageModel(build_config(SIZES | SCHEMES["xpos_center"], VOCAB))
+  want = _logits(*_model("xpos"), tokens)
+  np.testing.assert_allclose(_logits(centered, _params("xpos"), tokens), want, atol=1e-4)
+
+
+def test_lex_04_decoding_a_million_tokens_in():
+  """A cache filled at the start goes on at a million as if it were near, in bfloat16 too."""
+  for dtype, tolerance in ((jnp.float32, 1e-4), (jnp.bfloat16, 0.1)):
+    config = build_config(SIZES | dict(positions="xpos", dtype=dtype), VOCAB)
+    model, params, tokens = LanguageModel(config), _params("xpos"), _tokens(9)
+    want = _logits(model, params, tokens)
+    far = jnp.broadcast_to(2**20 + jnp.arange(9), (2, 9))
+    cache = init_cache(config, 2, 9)
+    logits, cache = _read(model, params, tokens[:, :5], cache, far[:, :5])
+    np.testing.assert_allclose(logits, want[:, :5], atol=tolerance)
+    for t in range(5, 9):
+      logits, cache = _read(model, params, tokens[:, t : t + 1], cache, far[:, t : t + 1])
+      np.testing.assert_allclose(logits[:, 0], want[:, t], atol=tolerance)
+
+
+def test_lex_08_no_scheme_costs_parameters_or_matmuls():
+  for sizes, length in (
+    (dict(preset="lex"), 1024),
+    (dict(num_layers=3, embed_dim=64, num_heads=4), 64),
+  ):
+    schemes = [x for name, x in SCHEMES.items() if name != "xpos_half"]
+    configs = [
+      build_config(dict(name="transformer", train_length=length) | sizes | x, 32_000)
+      for x in schemes
+    ]
+    assert len({num_params(c)["total"] for c in configs}) == 1
+    assert len({flops_per_token(c, 4 * length) for c in configs}) == 1
+    assert configs[0].decoder.stages[0].pattern[0].mixer.positions.scale_base == length / 2
+  # The paper's model: 12 L d^2, and blocks that see one and a half of their size on average.
+  assert num_params(build_config(dict(name="transformer", preset="lex"), 32_000))["body"] == (
+    12 * 24 * 1024**2
+  )
+  blocks, full = (
+    build_config(SIZES | dict(mask=m), VOCAB).decoder.flops_per_token(100)
+    for m in ("blockwise_causal", "causal")
+  )
+  assert full - blocks == pytest.approx(2 * 4 * (50 - 1.5 * HALF) * 16)
+
+
+@pytest.mark.parametrize("scheme", ["xpos", "rope", "alibi", "sinusoidal"])
+def test_lex_10_padding_on_either_side_changes_nothing_but_for_sinusoidal(scheme):
+  """Absolute embeddings see where the padding ends: the property that they lack (table 1)."""
+  model, params = _model(scheme)
+  tokens = _tokens(9)
+  want = _logits(model, params, tokens)
+  padded = jnp.pad(tokens, ((0, 0), (5, 3)), constant_values=11)
+  hidden = jnp.pad(jnp.zeros((2, 9)), ((0, 0), (5, 3)), constant_values=-jnp.inf)
+  got = _logits(model, params, padded, key_bias=hidden)[:, 5:14]
+  if scheme == "sinusoidal":
+    assert np.abs(got - want).max() > 1e-2
+  else:
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_sizes_of_masks_and_decay_follow_the_trained_length():
+  build = lambda **fields: build_config(SIZES | dict(train_length=7) | fields, VOCAB)
+  mixer = lambda config: config.decoder.stages[0].pattern[0].mixer
+  assert mixer(build(mask="blockwise_causal")).mask.size == 4  # Rounded up: an odd length too.
+  assert mixer(build(mask="sliding_window")).mask.size == 7
+  assert mixer(build(mask="sliding_window", mask_size=2)).mask.size == 2
+  assert mixer(build(positions="xpos")).positions.scale_base == 3.5
+  assert mixer(build(positions="xpos", xpos_scale_base=9.0)).positions.scale_base == 9
+  for fields, message in (
+    (dict(positions="xpos", train_length=None), "needs train_length"),
+    (dict(mask="blockwise_causal", train_length=None), "size=None"),
+    (dict(mask="banded"), "kind='banded'"),
+    (dict(mask="full"), "mask='full'"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      build(**fields)
