@@ -43,8 +43,9 @@ class Evaluator:
       max_batches: How many of its batches to read; all if `None` or 0.
       seq_length: Tokens of a window; as in training if `None` or 0.
       document_length: Pieces of this many tokens are cut from documents, and windows from these, so
-        that every `seq_length` scores the same tokens; LeX (section 4.2) takes the first such piece
-        of each document. Windows lie end to end over the whole split if `None` or 0.
+        that every `seq_length` scores the same tokens, in as many batches; xPos' paper takes the
+        first such piece of each document. Windows lie end to end over the whole split if `None` or
+        0.
       score_last: Only the last tokens of each window, or of each piece where `document_length` is
         given, are scored, as in RetNet's table 8; all if `None` or 0.
       model: Fields of `config.model` that differ in this evaluation alone, for the same parameters:
