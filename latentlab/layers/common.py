@@ -25,6 +25,8 @@ class Shared:
     norm_eps: Epsilon of the norms on the residual stream.
     dropout_rate: Dropout of each branch before it is added to the residual stream.
     deterministic: Whether dropout is off.
+    residual_scale: What the residual stream is multiplied by before a norm behind each branch
+      (DeepNorm's alpha); `None` for norms before the branches.
   """
 
   embed_dim: int
@@ -33,6 +35,7 @@ class Shared:
   norm_eps: float = 1e-6
   dropout_rate: float = 0.0
   deterministic: bool = True
+  residual_scale: float | None = None
 
 
 @struct.dataclass
@@ -108,11 +111,17 @@ class Projection(nn.Module):
 
 
 def heads_projection(
-  shared: Shared, num_heads: int, head_dim: int, *, heads_axis: str = "heads", name: str
+  shared: Shared,
+  num_heads: int,
+  head_dim: int,
+  *,
+  heads_axis: str = "heads",
+  role: str = "mixer_in",
+  name: str,
 ) -> Projection:
   """A projection `D -> (heads, head_dim)`, as every mixer has several of."""
-  axes = ("embed", heads_axis, "head_dim")
-  return Projection((num_heads, head_dim), axes, shared.init.mixer_in, shared.dtype, name=name)
+  axes, init = ("embed", heads_axis, "head_dim"), getattr(shared.init, role)
+  return Projection((num_heads, head_dim), axes, init, shared.dtype, name=name)
 
 
 def output_projection(shared: Shared, *, name: str = "out_proj") -> Projection:

@@ -31,6 +31,8 @@ REFUSED = {
 }
 """Pairs (mixer, position scheme) that mean nothing, and why. All others compose."""
 
+RESIDUALS = ("pre", "deepnorm")
+
 REMAT_POLICIES = {
   "none": None,
   "full": jax.checkpoint_policies.nothing_saveable,
@@ -58,12 +60,12 @@ class MixerConfig(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class BlockConfig:
-  """One block: `x + mixer(norm(x))`, then `x + feed_forward(norm(x))`.
+  """One block: a token mixer, then a feed-forward, each on a branch with a norm.
 
   Attributes:
     mixer: Token mixer.
     feed_forward: Feed-forward.
-    norm: Norm before each branch.
+    norm: Norm of each branch.
   """
 
   mixer: MixerConfig
@@ -106,7 +108,9 @@ class DecoderConfig:
   Attributes:
     embed_dim: Width `D` of the residual stream.
     stages: What it runs, in order.
-    final_norm: Norm after the last block.
+    final_norm: Norm after the last block, where residuals are `pre`.
+    residual: `pre`, `x + f(norm(x))`, or `deepnorm`, `norm(alpha x + f(x))` with
+      `alpha = (2 L)^(1/4)` (DeepNet, https://arxiv.org/abs/2203.00555, for decoders).
     dtype: Dtype of activations and matmuls (parameters are float32).
     init: Initialisation scheme, a name of `initializers.SCHEMES`.
     norm_eps: Epsilon of the norms on the residual stream.
@@ -119,6 +123,7 @@ class DecoderConfig:
   embed_dim: int
   stages: tuple[Stage, ...]
   final_norm: str = "rms"
+  residual: str = "pre"
   dtype: DTypeLike = jnp.float32
   init: str = "normal"
   norm_eps: float = 1e-6
@@ -129,12 +134,19 @@ class DecoderConfig:
   def __post_init__(self):
     if self.remat not in REMAT_POLICIES:
       raise ValueError(f"unknown remat {self.remat!r}; choose one of {sorted(REMAT_POLICIES)}")
+    if self.residual not in RESIDUALS:
+      raise ValueError(f"unknown residual {self.residual!r}; choose one of {RESIDUALS}")
     if not 0.0 <= self.dropout_rate < 1.0:
       raise ValueError(f"dropout_rate={self.dropout_rate} is not in [0, 1)")
 
   @property
   def num_layers(self) -> int:
     return sum(stage.num_layers for stage in self.stages)
+
+  @property
+  def residual_scale(self) -> float | None:
+    """DeepNorm's alpha; `None` for norms before the branches."""
+    return (2 * self.num_layers) ** 0.25 if self.residual == "deepnorm" else None
 
   @property
   def initializers(self) -> initializers.Initializers:
@@ -168,7 +180,7 @@ class DecoderConfig:
 
 
 class Block(nn.Module):
-  """Pre-norm residual block: a token mixer, then a feed-forward.
+  """Residual block: a token mixer, then a feed-forward.
 
   Attributes:
     config: Its parts.
@@ -184,12 +196,14 @@ class Block(nn.Module):
   ) -> tuple[Float[Array, "B T D"], Cache | None]:
     c, shared = self.config, self.shared
     dropout = nn.Dropout(shared.dropout_rate, deterministic=shared.deterministic)
-    y = residual_norm(c.norm, shared, name="mixer_norm")(x)
-    y, cache = c.mixer.module(shared, name="mixer")(y, context, cache)
-    x = x + dropout(y)
-    y = residual_norm(c.norm, shared, name="feed_forward_norm")(x)
-    y = FeedForward(c.feed_forward, shared, name="feed_forward")(y)
-    x = x + dropout(y)
+    alpha = shared.residual_scale
+    norm = residual_norm(c.norm, shared, name="mixer_norm")
+    y, cache = c.mixer.module(shared, name="mixer")(norm(x) if alpha is None else x, context, cache)
+    x = x + dropout(y) if alpha is None else norm(alpha * x + dropout(y))
+    norm = residual_norm(c.norm, shared, name="feed_forward_norm")
+    feed_forward = FeedForward(c.feed_forward, shared, name="feed_forward")
+    y = feed_forward(norm(x) if alpha is None else x)
+    x = x + dropout(y) if alpha is None else norm(alpha * x + dropout(y))
     return nn.with_logical_constraint(x, ("act_batch", "act_length", "act_embed")), cache
 
 
@@ -283,7 +297,15 @@ class Decoder(nn.Module):
     if in_place:
       positions = next_positions(num_tokens, segment_ids, cache)
     context = Context(positions, segment_ids, lengths, allowed, key_bias, in_place=in_place)
-    shared = Shared(c.embed_dim, c.dtype, c.initializers, c.norm_eps, c.dropout_rate, deterministic)
+    shared = Shared(
+      c.embed_dim,
+      c.dtype,
+      c.initializers,
+      c.norm_eps,
+      c.dropout_rate,
+      deterministic,
+      c.residual_scale,
+    )
     x = nn.Dropout(c.dropout_rate, deterministic=deterministic)(x)
 
     stages, first_layer = [], 0
@@ -305,7 +327,8 @@ class Decoder(nn.Module):
       stages.append(updated)
       first_layer += stage.num_layers
 
-    x = residual_norm(c.final_norm, shared, name="final_norm")(x)
+    if c.residual == "pre":  # Behind every branch, there is one behind the last.
+      x = residual_norm(c.final_norm, shared, name="final_norm")(x)
     if cache is not None:
       seen = num_tokens if lengths is None else lengths
       cache = DecoderCache(lengths=cache.lengths + seen, stages=tuple(stages))

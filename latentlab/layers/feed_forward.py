@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 from flax import linen as nn
 
 from latentlab.layers.common import Projection, Shared
@@ -24,10 +25,13 @@ class FeedForwardConfig:
   Attributes:
     mlp_dim: Hidden width `F`.
     kind: `gelu` or `relu` (two matrices), `swiglu` or `geglu` (three).
+    float32_activation: Whether the activation is computed in float32, as RetNet's release does,
+      whatever the model's dtype.
   """
 
   mlp_dim: int
   kind: str = "gelu"
+  float32_activation: bool = False
 
   def __post_init__(self):
     if self.kind not in KINDS:
@@ -54,9 +58,13 @@ class FeedForward(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    act = _ACTIVATIONS[self.config.kind]
-    hidden = self._dense("in_proj")(x)
-    hidden = act(self._dense("gate_proj")(x)) * hidden if self.config.gated else act(hidden)
+    c, init = self.config, self.shared.init
+    name = "gate_proj" if c.gated else "in_proj"
+    active = self._dense(name, init.mlp_in)(x)
+    active = active.astype(jnp.float32) if c.float32_activation else active
+    hidden = _ACTIVATIONS[c.kind](active).astype(self.shared.dtype)
+    if c.gated:
+      hidden = hidden * self._dense("in_proj", init.mlp_linear)(x)
     hidden = nn.with_logical_constraint(hidden, ("act_batch", "act_length", "act_mlp"))
     return Projection(
       (x.shape[-1],),
@@ -66,11 +74,5 @@ class FeedForward(nn.Module):
       name="out_proj",
     )(hidden)
 
-  def _dense(self, name):
-    return Projection(
-      (self.config.mlp_dim,),
-      ("embed", "mlp"),
-      self.shared.init.mlp_in,
-      self.shared.dtype,
-      name=name,
-    )
+  def _dense(self, name, init):
+    return Projection((self.config.mlp_dim,), ("embed", "mlp"), init, self.shared.dtype, name=name)

@@ -2,7 +2,9 @@
 
 `retnet` is the scheme of the original release (torchscale's `multiscale_retention.py`): Xavier-
 uniform with the gains of the DeepNet principle built in, feed-forward as in a default torch linear
-layer.
+layer. `deepnorm` is what that release makes of it beside DeepNorm's residual (DeepNet,
+https://arxiv.org/abs/2203.00555): weights of values, outputs and feed-forwards are divided by
+`(8 L)^(1/4)`, those of queries, keys and gates are not.
 """
 
 import dataclasses
@@ -17,44 +19,78 @@ class Initializers:
   """One initialiser per role.
 
   Attributes:
-    mixer_in: Projections into queries, keys, values and gates.
+    mixer_in: Projections into queries, keys and gates.
+    mixer_value: Projection into values.
     mixer_out: Projection out of a mixer.
-    mlp_in: First matrices of a feed-forward.
+    mlp_in: The matrix of a feed-forward whose product is activated.
+    mlp_linear: The other factor of a gated one.
     mlp_out: Last matrix of a feed-forward.
     embedding: Embedding and vocabulary head.
   """
 
   mixer_in: Initializer
+  mixer_value: Initializer
   mixer_out: Initializer
   mlp_in: Initializer
+  mlp_linear: Initializer
   mlp_out: Initializer
   embedding: Initializer
+
+
+def _alike(base: Initializer, out: Initializer, embedding: Initializer) -> Initializers:
+  """Two branches a layer add to the residual stream: `out` keeps its variance from growing."""
+  return Initializers(
+    mixer_in=base,
+    mixer_value=base,
+    mixer_out=out,
+    mlp_in=base,
+    mlp_linear=base,
+    mlp_out=out,
+    embedding=embedding,
+  )
 
 
 def _normal(num_layers: int, embed_dim: int) -> Initializers:
   del embed_dim
   base = nn.initializers.normal(0.02)
-  # Two branches a layer add to the residual stream: keep its variance from growing with depth.
-  out = nn.initializers.normal(0.02 / math.sqrt(2 * num_layers))
-  return Initializers(base, out, base, out, base)
+  return _alike(base, nn.initializers.normal(0.02 / math.sqrt(2 * num_layers)), base)
 
 
 def _fan_in(num_layers: int, embed_dim: int) -> Initializers:
   base = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
   out = nn.initializers.variance_scaling(0.5 / num_layers, "fan_in", "normal")
-  return Initializers(base, out, base, out, nn.initializers.normal(embed_dim**-0.5))
+  return _alike(base, out, nn.initializers.normal(embed_dim**-0.5))
 
 
 def _retnet(num_layers: int, embed_dim: int) -> Initializers:
   del num_layers
-  # A gain g multiplies the bound, so the variance by g^2: 2^-2.5 -> 2^-5, 2^-1 -> 2^-2.
-  mixer_in = nn.initializers.variance_scaling(2.0**-5, "fan_avg", "uniform")
-  mixer_out = nn.initializers.variance_scaling(2.0**-2, "fan_avg", "uniform")
-  linear = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")  # U(+-1/sqrt(fan_in)).
-  return Initializers(mixer_in, mixer_out, linear, linear, nn.initializers.normal(embed_dim**-0.5))
+  return _release(embed_dim, divisor=1.0)
 
 
-SCHEMES = {"normal": _normal, "fan_in": _fan_in, "retnet": _retnet}
+def _deepnorm(num_layers: int, embed_dim: int) -> Initializers:
+  return _release(embed_dim, divisor=(8 * num_layers) ** 0.25)
+
+
+def _release(embed_dim: int, divisor: float) -> Initializers:
+  # A gain g multiplies the bound, so the variance by g^2.
+  def xavier(gain):
+    return nn.initializers.variance_scaling(gain**2, "fan_avg", "uniform")
+
+  def linear(gain):  # U(+-gain / sqrt(fan_in)).
+    return nn.initializers.variance_scaling(gain**2 / 3.0, "fan_in", "uniform")
+
+  return Initializers(
+    mixer_in=xavier(2**-2.5),
+    mixer_value=xavier(2**-2.5 / divisor),
+    mixer_out=xavier(2**-1 / divisor),
+    mlp_in=linear(1 / divisor),
+    mlp_linear=linear(1.0),
+    mlp_out=linear(1 / divisor),
+    embedding=nn.initializers.normal(embed_dim**-0.5),
+  )
+
+
+SCHEMES = {"normal": _normal, "fan_in": _fan_in, "retnet": _retnet, "deepnorm": _deepnorm}
 
 
 def make(scheme: str, *, num_layers: int, embed_dim: int) -> Initializers:

@@ -192,6 +192,7 @@ def stack(
   num_layers: int,
   embed_dim: int,
   norm: str = "rms",
+  residual: str = "pre",
   positions: str = "none",
   max_length: int = 2048,
   scale_embeddings: bool = False,
@@ -213,6 +214,7 @@ def stack(
     num_layers: Layers `L`.
     embed_dim: Width `D`.
     norm: `rms` or `layer`.
+    residual: `pre` or `deepnorm`; see `layers.DecoderConfig`.
     positions: Position scheme of the embedding; a mixer's own is in its configuration.
     max_length: Positions of `learned`.
     scale_embeddings: Multiply embeddings by `sqrt(D)`.
@@ -238,6 +240,7 @@ def stack(
       embed_dim=embed_dim,
       stages=(Stage((block,), num_layers),),
       final_norm=norm,
+      residual=residual,
       dtype=dtype,
       init=init,
       norm_eps=norm_eps,

@@ -11,7 +11,9 @@ from latentlab.models import baselines, retnet, transformer
 from latentlab.models.language_model import LanguageModelConfig, stack
 
 MODELS = {
-  "linear_transformer": (baselines.linear_transformer, baselines.PRESETS_WITH_HEADS),
+  "h3": (baselines.h3, baselines.H3_PRESETS),
+  "hyena": (baselines.hyena, baselines.PRESETS),
+  "linear_transformer": (baselines.linear_transformer, baselines.LINEAR_PRESETS),
   "retnet": (retnet.retnet, retnet.PRESETS),
   "rwkv": (baselines.rwkv, baselines.PRESETS),
   "transformer": (transformer.transformer, transformer.PRESETS),
@@ -34,7 +36,7 @@ def fields(name: str) -> dict[str, tuple[type, Any]]:
       if parameter.kind is not parameter.KEYWORD_ONLY or field == "vocab_size":
         continue
       default = None if parameter.default is parameter.empty else parameter.default
-      kinds = [t for t in (int, float, bool, str) if _admits(parameter.annotation, t)]
+      kinds = [t for t in (int, float, bool, str, tuple) if _admits(parameter.annotation, t)]
       found[field] = (kinds[0] if kinds else str, default)
   found["dtype"] = (str, jnp.dtype(found["dtype"][1]).name)
   return found
@@ -72,4 +74,5 @@ def build_config(model: Mapping[str, Any], vocab_size: int) -> LanguageModelConf
 
 
 def _admits(annotation: Any, kind: type) -> bool:
-  return kind is annotation or kind in typing.get_args(annotation)
+  options = (annotation, *typing.get_args(annotation))
+  return kind in options or kind in map(typing.get_origin, options)

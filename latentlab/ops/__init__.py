@@ -28,6 +28,7 @@ from latentlab.ops.positions import (
 )
 from latentlab.ops.recurrence import WkvState, linear_recurrence, wkv
 from latentlab.ops.retention import decay_scale, log_decay_rates, retention, retention_decode
+from latentlab.ops.torchscale import chunkwise_row_scale, parallel_row_scale
 
 __all__ = [
   "Distances",
@@ -38,6 +39,7 @@ __all__ = [
   "apply_xpos",
   "attention",
   "attention_resolution",
+  "chunkwise_row_scale",
   "cross_entropy",
   "decay_scale",
   "diff_attention",
@@ -46,6 +48,7 @@ __all__ = [
   "flash_attention",
   "linear_recurrence",
   "log_decay_rates",
+  "parallel_row_scale",
   "retention",
   "retention_decode",
   "rope_frequencies",

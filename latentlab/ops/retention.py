@@ -202,19 +202,23 @@ def _sequence_sharded(args, axes, options):
 
 def log_decay_rates(
   num_heads: int,
-  kind: Literal["pow2", "linspace", "one", "const"] = "pow2",
-  value: float | None = None,
+  kind: Literal["pow2", "linspace", "one", "const", "custom"] = "pow2",
+  value: float | Sequence[float] | None = None,
 ) -> Float[Array, "N"]:
   """Fixed `log gamma` per head, rounded once: float32's `1 - 2^-25` is 1.
 
   Args:
     num_heads: How many.
     kind: "pow2", `gamma = 1 - 2^(-5 - h)` (eq. 8); "linspace", `1 - gamma` log-spaced from 1/32 to
-      1/512 (section 3.1's experiments); "one", no decay; "const", `value` for all.
-    value: The `gamma` of "const".
+      1/512 (section 3.1's experiments); "one", no decay; "const", `value` for all; "custom",
+      `value` head by head.
+    value: The `gamma` of "const", or those of "custom".
+
+  Raises:
+    ValueError: the kind is unknown, or `value` is none of its gammas.
   """
-  if (value is not None) != (kind == "const"):
-    raise ValueError(f"{value=} is the gamma of kind='const', and of no other; {kind=}.")
+  if (value is not None) != (kind in ("const", "custom")):
+    raise ValueError(f"{value=} is the gamma of 'const' or 'custom', and of no other {kind=}.")
   if kind == "pow2":
     forgotten = 2.0 ** -(5.0 + np.arange(num_heads))
   elif kind == "linspace":
@@ -225,9 +229,14 @@ def log_decay_rates(
     if not 0 < value <= 1:
       raise ValueError(f"{value=} must be a decay in (0, 1].")
     forgotten = np.full(num_heads, 1 - value)
+  elif kind == "custom":
+    forgotten = 1 - np.array(value, np.float64)
+    if forgotten.shape != (num_heads,) or not ((forgotten >= 0) & (forgotten <= 1)).all():
+      raise ValueError(f"{value=} must be a decay in [0, 1] for each of {num_heads=}.")
   else:
-    raise ValueError(f"{kind=} must be 'pow2', 'linspace', 'one' or 'const'.")
-  return jnp.asarray(np.log1p(-forgotten), jnp.float32)
+    raise ValueError(f"{kind=} must be 'pow2', 'linspace', 'one', 'const' or 'custom'.")
+  with np.errstate(divide="ignore"):  # A decay of 0 is -inf, which forgets.
+    return jnp.asarray(np.log1p(-forgotten), jnp.float32)
 
 
 def decay_scale(
