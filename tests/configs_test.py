@@ -12,6 +12,7 @@ import pytest
 from experiments import tables
 from latentlab import data as data_lib
 from latentlab import eval as eval_lib
+from latentlab.models.language_model import num_params
 from latentlab.train import loop, metrics, optim
 from latentlab.train.task import build_task
 
@@ -129,6 +130,18 @@ def test_ablations_see_the_same_text_at_both_lengths():
   short, long = config.evals.validation, config.evals.validation_4x
   assert long.seq_length == 512 == 4 * config.data.seq_length
   assert short.max_batches * config.data.seq_length == long.max_batches * long.seq_length
+
+
+@pytest.mark.parametrize("setting, size", [("cpu", 796_160), ("gpu", 10_647_552)])
+def test_nanogpts_benchmark_compares_equal_sizes(setting, size):
+  file = pathlib.Path("nanogpt") / setting
+  totals = {}
+  for row in _module(file).ROWS:
+    config = _config(file, f"row={row}")
+    task = build_task(config, vocab_size=65 + 2)
+    totals[row] = num_params(task.model.config)["total"]
+  learned = config.model.max_length * config.model.embed_dim
+  assert totals == {"transformer": size, "retnet": size, "gpt2": size + learned}
 
 
 def test_evaluates_at_another_length(tmp_path):
