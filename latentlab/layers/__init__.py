@@ -6,6 +6,8 @@ from latentlab.layers.common import Context, Shared
 from latentlab.layers.decoder import Block, BlockConfig, Decoder, DecoderConfig, MixerConfig, Stage
 from latentlab.layers.embedding import Embedder, VocabHead
 from latentlab.layers.feed_forward import FeedForward, FeedForwardConfig
+from latentlab.layers.h3 import H3, H3Config, H3State
+from latentlab.layers.hyena import Hyena, HyenaConfig, HyenaState
 from latentlab.layers.linear_attention import LinearAttention, LinearAttentionConfig
 from latentlab.layers.norms import HeadNorm, residual_norm
 from latentlab.layers.positions import PositionConfig
@@ -25,7 +27,13 @@ __all__ = [
   "Embedder",
   "FeedForward",
   "FeedForwardConfig",
+  "H3",
+  "H3Config",
+  "H3State",
   "HeadNorm",
+  "Hyena",
+  "HyenaConfig",
+  "HyenaState",
   "KVCache",
   "LinearAttention",
   "LinearAttentionConfig",

@@ -13,7 +13,7 @@ from latentlab.ops.attention_resolution import (
   attention_resolution,
   scores_by_distance,
 )
-from latentlab.ops.convolution import short_convolution
+from latentlab.ops.convolution import long_convolution, short_convolution
 from latentlab.ops.diff_attention import diff_attention, diff_attention_decode
 from latentlab.ops.losses import cross_entropy
 from latentlab.ops.positions import (
@@ -28,11 +28,13 @@ from latentlab.ops.positions import (
 )
 from latentlab.ops.recurrence import WkvState, linear_recurrence, wkv
 from latentlab.ops.retention import decay_scale, log_decay_rates, retention, retention_decode
+from latentlab.ops.state_space import Modes, discretise, state_space_attention
 from latentlab.ops.torchscale import chunkwise_row_scale, parallel_row_scale
 
 __all__ = [
   "Distances",
   "Mask",
+  "Modes",
   "WkvState",
   "alibi_slopes",
   "apply_rope",
@@ -44,10 +46,12 @@ __all__ = [
   "decay_scale",
   "diff_attention",
   "diff_attention_decode",
+  "discretise",
   "document_positions",
   "flash_attention",
   "linear_recurrence",
   "log_decay_rates",
+  "long_convolution",
   "parallel_row_scale",
   "retention",
   "retention_decode",
@@ -56,6 +60,7 @@ __all__ = [
   "segment_bias",
   "short_convolution",
   "sinusoidal",
+  "state_space_attention",
   "tree_mask",
   "windowed_attention",
   "wkv",

@@ -54,7 +54,8 @@ def get_config(
   Args:
     arg: What stands behind the colon of `--config`.
     rows: Rows as `experiments.tables` wants them, which may have `name`, a model of the registry
-      (RetNet by default); `head_dim`, by scale; and `model`, fields that differ.
+      (RetNet by default); `head_dim`, by scale; `model`, fields that differ; and `small`, those
+      that differ at that scale alone.
     metrics: What of ours a figure of the paper stands beside, by column.
   """
   arg = common.parse_arg(arg, row=tuple(rows), scale=tuple(SCALES), smoke=False, seed=0)
@@ -88,6 +89,8 @@ def get_config(
     head_dim = row.get("head_dim", {"paper": 256, "small": 32})[arg.scale]
     c.model.num_heads = c.model.embed_dim // head_dim
   c.model.update(row.get("model", {}))
+  if arg.scale == "small":
+    c.model.update(row.get("small", {}))
 
   length = c.data.seq_length
   longer = dict(seq_length=4 * length, max_batches=-(-batches // 4))  # The same text.

@@ -28,6 +28,21 @@ ROWS = {
     name="rwkv",
     expected=common.in_domain(30.92, 51.41, 28.17, 19.80, 25.78),
   ),
+  "h3": dict(
+    about="H3, heads of 8",
+    name="h3",
+    head_dim=dict(paper=8, small=8),
+    # A sixteenth of the paper's window would leave 4 of the original release's 64 taps.
+    small=dict(state_dim=16),
+    expected=common.in_domain(29.97, 49.17, 24.29, 19.19, 25.11),
+  ),
+  "hyena": dict(
+    about="Hyena of order 2",
+    name="hyena",
+    # The filters' network would have a third of a layer's parameters.
+    small=dict(filter_dim=16, filter_features=9),
+    expected=common.in_domain(32.08, 52.75, 28.18, 20.55, 26.51),
+  ),
   "linear_transformer": dict(
     about="linear attention, sinusoidal embeddings",
     name="linear_transformer",
