@@ -4,7 +4,8 @@ r"""Continues prompts with a trained model.
 
 Text goes to stdout as it is drawn, all else to stderr. Every prompt starts a document; a row ends
 where the model starts the next one. A sample depends on `--seed`, its prompt's place and its own
-number, and on nothing else that is drawn beside it.
+number, and on nothing else that is drawn beside it. `--model=mask=blockwise_causal` lets a model go
+on beyond the length that it was trained at, in a cache of that length.
 """
 
 import json
@@ -19,6 +20,7 @@ import numpy as np
 import tqdm
 from absl import flags
 
+from experiments import model_flag
 from latentlab import app, sample
 from latentlab.train import loop
 
@@ -40,6 +42,13 @@ _PENALTY = flags.DEFINE_float(
 _GREEDY = flags.DEFINE_bool("greedy", False, "Takes the best token instead of drawing one.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the samples.", lower_bound=0)
 _STEP = flags.DEFINE_string("step", "latest", "A step, 'latest' or 'best'.")
+_PREFILL_SIZE = flags.DEFINE_integer(
+  "prefill_size",
+  2048,
+  "Longer prompts are read in slices of this many tokens, so that memory beside the cache does not "
+  "grow with them; 0 reads any prompt at once.",
+  lower_bound=0,
+)
 _STREAM = flags.DEFINE_bool("stream", True, "Writes text while it is drawn, not at the end.")
 _OUTPUT = flags.DEFINE_string("output", None, "A .jsonl file for the samples.")
 _FLAGS = (
@@ -55,6 +64,8 @@ _FLAGS = (
   _GREEDY,
   _SEED,
   _STEP,
+  model_flag.MODEL,
+  _PREFILL_SIZE,
   _STREAM,
   _OUTPUT,
 )
@@ -67,9 +78,10 @@ def main(config: ml_collections.ConfigDict | None, workdir: str) -> None:
   sampler = _sampler()
   if _OUTPUT.value and not pathlib.Path(_OUTPUT.value).parent.is_dir():
     raise ValueError(f"--output={_OUTPUT.value!r} lies in no existing folder; make it first.")
-  run = loop.load(workdir, config, step=_STEP.value)
+  run = loop.load(workdir, config, step=_STEP.value, model=model_flag.fields(config, workdir))
   each = np.repeat(np.arange(len(prompts)), _NUM_SAMPLES.value)
   number = np.tile(np.arange(_NUM_SAMPLES.value), len(prompts))
+  reading = _ReadingBar()
   try:
     blocks = sample.stream_text(
       run.task.model,
@@ -79,12 +91,16 @@ def main(config: ml_collections.ConfigDict | None, workdir: str) -> None:
       sampler=sampler,
       key=sample.row_keys(_SEED.value, (each << 16) + number),
       max_new_tokens=_NUM_TOKENS.value,
+      prefill_size=_PREFILL_SIZE.value or None,
+      on_read=reading,
     )
   except ValueError as e:
     raise ValueError(f"--prompt or --num_tokens={_NUM_TOKENS.value} does not fit: {e}") from e
   logger.info("Sampling from step %d of %s.", run.step, workdir)
   titles = [f"prompt {p + 1}, sample {s + 1}" for p, s in zip(each, number, strict=True)]
-  drawn = _write(blocks, [prompts[p] for p in each], titles if len(titles) > 1 else [""])
+  drawn = _write(
+    reading.until(blocks), [prompts[p] for p in each], titles if len(titles) > 1 else [""]
+  )
   if _OUTPUT.value:
     with open(_OUTPUT.value, "w", encoding="utf-8") as f:
       for p, s, fields in zip(each.tolist(), number.tolist(), drawn, strict=True):
@@ -162,6 +178,30 @@ class _Printer:
     sys.stdout.flush()
 
 
+def _bar(**options) -> tqdm.tqdm:
+  """A bar, unless it would write over the text on the same terminal."""
+  disable = True if _STREAM.value and sys.stdout.isatty() else None
+  return tqdm.tqdm(unit="token", leave=False, file=sys.stderr, disable=disable, **options)
+
+
+class _ReadingBar:
+  """A bar from the first slice of long prompts to the first block behind them."""
+
+  def __init__(self):
+    self._bar = None
+
+  def __call__(self, num_tokens: int) -> None:
+    if self._bar is None:
+      self._bar = _bar(desc="prompt")
+    self._bar.update(num_tokens)
+
+  def until(self, blocks: Iterable[list[sample.Piece]]) -> Iterable[list[sample.Piece]]:
+    for block in blocks:
+      if self._bar is not None:
+        self._bar.close()
+      yield block
+
+
 def _write(
   blocks: Iterable[list[sample.Piece]], prompts: list[str], titles: list[str]
 ) -> list[dict]:
@@ -171,14 +211,7 @@ def _write(
   start = time.monotonic()
   if _STREAM.value:
     printer.show()  # The first prompt, while the first block is compiled.
-  # A bar and a text on one terminal would write over each other.
-  with tqdm.tqdm(
-    total=_NUM_TOKENS.value,
-    unit="token",
-    leave=False,
-    file=sys.stderr,
-    disable=True if _STREAM.value else None,
-  ) as bar:
+  with _bar(total=_NUM_TOKENS.value) as bar:
     for pieces in blocks:
       for r, (row, piece) in enumerate(zip(rows, pieces, strict=True)):
         row["text"] += piece.text

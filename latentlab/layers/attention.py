@@ -99,14 +99,21 @@ class Attention(nn.Module):
     positions = context.positions
     biases = dict(decay=c.positions.decay(c.head_dim))
     biases["slopes"] = ops.alibi_slopes(c.num_heads) if c.positions.kind == "alibi" else None
-    if isinstance(cache, RingCache):
+    # The first tokens of rows attend among themselves, whatever slots the cache gives them.
+    fresh = context.fresh and context.in_place
+    fresh = fresh and context.allowed is None and context.key_bias is None
+    if isinstance(cache, RingCache) and not fresh:
       out, cache = _attend_ring(q, k, v, context, cache, biases)
     else:
-      if cache is None:
+      if cache is None or fresh:
         # Places tell a mask, and the masks of documents' own blocks, all that it asks for.
         positions = None if context.in_place else positions
         keys = dict(kv_positions=positions, kv_segment_ids=context.segment_ids)
-        keys["kv_valid"] = context.valid
+        # Where places ascend, padding lies behind every token, and a causal mask hides it anyway.
+        hidden = context.in_place and c.mask.kind != "full"
+        keys["kv_valid"] = None if hidden else context.valid
+        if cache is not None:
+          cache = cache.append(k, v, context.positions, context.lengths)
       else:
         cache = cache.append(k, v, positions, context.lengths)
         k, v = cache.k.astype(q.dtype), cache.v.astype(q.dtype)

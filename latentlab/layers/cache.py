@@ -240,16 +240,21 @@ class DecoderCache(Cache):
 
   Attributes:
     lengths: Tokens seen per row.
-    stages: For each stage of the decoder, one cache per block of its pattern, stacked over the
-      stage's repeats on a leading axis.
+    stages: For each stage of the decoder, one cache per block of its pattern.
+    stacked: Whether those of a stage are stacked over its repeats on a leading axis.
   """
 
   lengths: Int[Array, " B"]
   stages: tuple[tuple[Cache, ...], ...]
+  stacked: tuple[bool, ...] = struct.field(pytree_node=False)
 
   @property
   def batch_axis(self):
-    return DecoderCache(lengths=0, stages=jax.tree.map(lambda _: 1, self.stages))
+    stages = tuple(
+      jax.tree.map(lambda _, axis=int(stacked): axis, stage)
+      for stage, stacked in zip(self.stages, self.stacked, strict=True)
+    )
+    return dataclasses.replace(self, lengths=0, stages=stages)
 
   def grow(self, max_length: int) -> "DecoderCache":
     is_cache = lambda x: isinstance(x, Cache)

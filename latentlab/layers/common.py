@@ -53,6 +53,7 @@ class Context:
     layer: Index of the layer, for what depends on depth.
     in_place: Whether positions ascend by one along each document of this pass, so that the places
       of two of its tokens in the row are as far apart as their positions.
+    fresh: Whether these are the first tokens of their rows, so that a cache holds none yet.
   """
 
   positions: Int[Array, "#B T"]
@@ -62,6 +63,7 @@ class Context:
   key_bias: Float[Array, "B S"] | None = None
   layer: Int[Array, ""] | int = 0
   in_place: bool = struct.field(pytree_node=False, default=False)
+  fresh: bool = struct.field(pytree_node=False, default=False)
 
   @property
   def valid(self) -> Bool[Array, "B T"] | None:

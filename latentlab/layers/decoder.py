@@ -87,14 +87,19 @@ class Stage:
   Attributes:
     pattern: The blocks of one repeat, in order.
     repeats: How often the pattern is run.
+    stacked: Whether its parameters and caches have a leading axis of repeats; a stage that is run
+      once can do without.
   """
 
   pattern: tuple[BlockConfig, ...]
   repeats: int
+  stacked: bool = True
 
   def __post_init__(self):
     if not self.pattern or self.repeats < 1:
       raise ValueError(f"a stage has a block and runs once at least, got {self!r}")
+    if self.repeats > 1 and not self.stacked:
+      raise ValueError(f"{self.repeats=} of a stage are stacked; make a stage of each")
 
   @property
   def num_layers(self) -> int:
@@ -155,15 +160,16 @@ class DecoderConfig:
   def init_cache(self, batch_size: int, max_length: int) -> DecoderCache:
     """An empty cache with room for `max_length` tokens a row."""
 
-    def stacked(block: BlockConfig, repeats: int) -> Cache:
+    def empty(block: BlockConfig, stage: Stage) -> Cache:
       cache = block.mixer.init_cache(batch_size, max_length, self.dtype)
-      return jax.tree.map(lambda x: jnp.broadcast_to(x, (repeats, *x.shape)), cache)
+      if not stage.stacked:
+        return cache
+      return jax.tree.map(lambda x: jnp.broadcast_to(x, (stage.repeats, *x.shape)), cache)
 
     return DecoderCache(
       lengths=jnp.zeros((batch_size,), jnp.int32),
-      stages=tuple(
-        tuple(stacked(block, stage.repeats) for block in stage.pattern) for stage in self.stages
-      ),
+      stages=tuple(tuple(empty(block, s) for block in s.pattern) for s in self.stages),
+      stacked=tuple(s.stacked for s in self.stages),
     )
 
   def flops_per_token(self, seq_length: int) -> float:
@@ -268,6 +274,7 @@ class Decoder(nn.Module):
     lengths: Int[Array, " B"] | None = None,
     allowed: Bool[Array, "#B T S"] | None = None,
     key_bias: Float[Array, "B S"] | None = None,
+    fresh: bool = False,
     deterministic: bool = True,
   ) -> tuple[Float[Array, "B T D"], DecoderCache | None]:
     """Runs `T` tokens, after those that `cache` has seen.
@@ -281,6 +288,7 @@ class Decoder(nn.Module):
       lengths: Valid tokens of this pass per row (right padding); all if `None`.
       allowed: Keys a query may see at all; see `Context`.
       key_bias: Added to the scores of each key; see `Context`.
+      fresh: Whether `cache` holds no token yet, which saves attention the look into it.
       deterministic: Whether dropout is off; if not, `apply` needs a `dropout` key.
 
     Returns:
@@ -296,7 +304,9 @@ class Decoder(nn.Module):
     in_place = positions is None
     if in_place:
       positions = next_positions(num_tokens, segment_ids, cache)
-    context = Context(positions, segment_ids, lengths, allowed, key_bias, in_place=in_place)
+    context = Context(
+      positions, segment_ids, lengths, allowed, key_bias, in_place=in_place, fresh=fresh
+    )
     shared = Shared(
       c.embed_dim,
       c.dtype,
@@ -310,20 +320,26 @@ class Decoder(nn.Module):
 
     stages, first_layer = [], 0
     for i, stage in enumerate(c.stages):
-      unroll = c.unroll or (stage.repeats if target_platform() == "cpu" else 1)
-      unroll = min(unroll, stage.repeats)
-      scanned = nn.scan(
-        Pattern,
-        variable_axes={"params": 0},
-        split_rngs={"params": True, "dropout": True},
-        in_axes=(0, 0, nn.broadcast),
-        out_axes=0,
-        length=stage.repeats,
-        unroll=unroll,
-        metadata_params={nn.PARTITION_NAME: "layers"},
-      )(stage.pattern, shared, c.remat, unroll < stage.repeats, name=f"stage_{i}")
-      layers = first_layer + jnp.arange(stage.repeats) * len(stage.pattern)
-      x, updated = scanned(x, cache.stages[i] if cache is not None else None, layers, context)
+      caches = cache.stages[i] if cache is not None else None
+      if stage.stacked:
+        unroll = c.unroll or (stage.repeats if target_platform() == "cpu" else 1)
+        unroll = min(unroll, stage.repeats)
+        pattern = nn.scan(
+          Pattern,
+          variable_axes={"params": 0, "intermediates": 0},
+          split_rngs={"params": True, "dropout": True},
+          in_axes=(0, 0, nn.broadcast),
+          out_axes=0,
+          length=stage.repeats,
+          unroll=unroll,
+          metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        looped = unroll < stage.repeats
+        layers = first_layer + jnp.arange(stage.repeats) * len(stage.pattern)
+      else:
+        pattern, looped, layers = Pattern, False, first_layer
+      pattern = pattern(stage.pattern, shared, c.remat, looped, name=f"stage_{i}")
+      x, updated = pattern(x, caches, layers, context)
       stages.append(updated)
       first_layer += stage.num_layers
 
@@ -331,5 +347,5 @@ class Decoder(nn.Module):
       x = residual_norm(c.final_norm, shared, name="final_norm")(x)
     if cache is not None:
       seen = num_tokens if lengths is None else lengths
-      cache = DecoderCache(lengths=cache.lengths + seen, stages=tuple(stages))
+      cache = dataclasses.replace(cache, lengths=cache.lengths + seen, stages=tuple(stages))
     return x, cache

@@ -10,6 +10,7 @@ from latentlab.models.language_model import (
   init_cache,
   num_params,
   prefill,
+  unstack,
 )
 from latentlab.models.registry import build_config
 
@@ -25,4 +26,5 @@ __all__ = [
   "prefill",
   "retnet",
   "transformer",
+  "unstack",
 ]

@@ -106,6 +106,7 @@ class LanguageModel(nn.Module):
     *,
     allowed: Bool[Array, "#B T S"] | None = None,
     key_bias: Float[Array, "B S"] | None = None,
+    fresh: bool = False,
     deterministic: bool = True,
   ) -> Output:
     """Hidden vectors and logits of every token; arguments as in `hidden`."""
@@ -117,6 +118,7 @@ class LanguageModel(nn.Module):
       cache,
       allowed=allowed,
       key_bias=key_bias,
+      fresh=fresh,
       deterministic=deterministic,
     )
     return Output(hidden=hidden, logits=self.logits(hidden), cache=cache)
@@ -131,6 +133,7 @@ class LanguageModel(nn.Module):
     *,
     allowed: Bool[Array, "#B T S"] | None = None,
     key_bias: Float[Array, "B S"] | None = None,
+    fresh: bool = False,
     deterministic: bool = True,
   ) -> tuple[Float[Array, "B T D"], DecoderCache | None]:
     """Hidden vectors without the head.
@@ -144,6 +147,7 @@ class LanguageModel(nn.Module):
       cache: What was seen before.
       allowed: Keys a query may see at all (see `layers.Context`).
       key_bias: Added to the scores of each key.
+      fresh: Whether `cache` holds no token yet.
       deterministic: Whether dropout is off; if not, `apply` needs a `dropout` key.
     """
     places = next_positions(tokens.shape[1], segment_ids, cache)
@@ -156,6 +160,7 @@ class LanguageModel(nn.Module):
       lengths=lengths,
       allowed=allowed,
       key_bias=key_bias,
+      fresh=fresh,
       deterministic=deterministic,
     )
 
@@ -292,14 +297,14 @@ def prefill(
   if fresh:
     if num_tokens > max_length:
       raise ValueError(f"prompts of {num_tokens} tokens do not fit into {max_length=}")
-    # Attend over the prompt's own slots, not over the room that generation will need.
-    cache = init_cache(model.config, batch_size, num_tokens)
+    cache = init_cache(model.config, batch_size, max_length)
   variables = {"params": params}
-  hidden, cache = model.apply(variables, tokens, lengths=lengths, cache=cache, method="hidden")
+  hidden, cache = model.apply(
+    variables, tokens, lengths=lengths, cache=cache, fresh=fresh, method="hidden"
+  )
   last = jnp.full((batch_size,), num_tokens) if lengths is None else lengths
   hidden = jnp.take_along_axis(hidden, last[:, None, None] - 1, axis=1)[:, 0]
-  logits = model.apply(variables, hidden, method="logits")
-  return logits, cache.grow(max_length) if fresh else cache
+  return model.apply(variables, hidden, method="logits"), cache
 
 
 def decode_step(
@@ -308,6 +313,33 @@ def decode_step(
   """Reads one token a row; returns the logits of the next, and the cache."""
   out = model.apply({"params": params}, tokens[:, None], cache=cache)
   return out.logits[:, 0], out.cache
+
+
+def unstack(config: LanguageModelConfig, params: Params) -> tuple[LanguageModelConfig, Params]:
+  """The same model with parameters and caches of each layer on their own, as decoding wants them.
+
+  A loop over tokens then reads weights where they lie and writes caches where they are. Of a stack,
+  every step would copy every layer's slice, out of the weights and into the caches.
+
+  Args:
+    config: The model; where nothing is stacked it is returned as it is.
+    params: Its parameters, which are copied: drop the old ones if memory is short.
+  """
+  if not any(stage.stacked for stage in config.decoder.stages):
+    return config, params
+  params = nn.unbox(params)
+  decoder = {k: x for k, x in params["decoder"].items() if not k.startswith("stage_")}
+  stages = []
+  for i, stage in enumerate(config.decoder.stages):
+    stack = params["decoder"][f"stage_{i}"]
+    for r in range(stage.repeats):
+      layer = jax.tree.map(lambda x, r=r: x[r], stack) if stage.stacked else stack
+      decoder[f"stage_{len(stages)}"] = layer
+      stages.append(Stage(stage.pattern, 1, stacked=False))
+  config = dataclasses.replace(
+    config, decoder=dataclasses.replace(config.decoder, stages=tuple(stages))
+  )
+  return config, params | {"decoder": decoder}
 
 
 def num_params(config: LanguageModelConfig) -> dict[str, int]:

@@ -3,6 +3,7 @@
 `begin` reads the prompts and draws a first block of items, `advance` draws the next block; both
 fill it in a loop that ends early when every row has finished. `generate` is one large `begin`,
 `stream` is a `begin` and many `advance`, and since they share the loop they agree item by item.
+Long prompts are read by `begin_in_slices`, in memory and programs that do not grow with them.
 Everything that a block hands to the next one is in a `Carry`, which can be saved and continued.
 
 Randomness belongs to rows: the key of draw `i` of a row is `fold_in(row key, i)`, so a sample
@@ -10,7 +11,7 @@ depends neither on the batch it is drawn in nor on where blocks end.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from latentlab.models import LanguageModel, decode_step, prefill
+from latentlab.models import LanguageModel, decode_step, prefill, unstack
 from latentlab.sample.protocol import Cache, Features, Item, RowState, Sampler, Stepper
 from latentlab.typing import Array, Bool, Float, Int, Key, Params
 
@@ -78,10 +79,20 @@ class TokenStepper(struct.PyTreeNode):
   stop_tokens: Any
   pad: Any = 0
 
+  def unstacked(self) -> "TokenStepper":
+    """The same, with parameters and caches of each layer on their own (`models.unstack`)."""
+    config, params = unstack(self.model.config, self.params)
+    return self.replace(model=LanguageModel(config), params=params)
+
   def prefill(
     self, prompts: Int[Array, "B T"], lengths: Int[Array, " B"], capacity: int
   ) -> tuple[Float[Array, "B vocab"], Cache]:
     return prefill(self.model, self.params, prompts, lengths, capacity)
+
+  def extend(
+    self, prompts: Int[Array, "B T"], lengths: Int[Array, " B"], cache: Cache
+  ) -> tuple[Float[Array, "B vocab"], Cache]:
+    return prefill(self.model, self.params, prompts, lengths, cache=cache)
 
   def step(self, item: Int[Array, " B"], cache: Cache) -> tuple[Float[Array, "B vocab"], Cache]:
     return decode_step(self.model, self.params, item, cache)
@@ -130,7 +141,72 @@ def begin(
     The block, and what `advance` continues from.
   """
   features, cache = stepper.prefill(prompts, lengths, capacity)
-  carry = Carry(
+  carry = _carry(sampler, features, cache, prompts, lengths, keys, budget)
+  return _fill(stepper, sampler, carry, num_items)
+
+
+def begin_in_slices(
+  stepper: Stepper,
+  sampler: Sampler,
+  prompts: Item,
+  lengths: Int[Array, " B"],
+  keys: Key[Array, " B"],
+  budget: int | Int[Array, ""],
+  *,
+  capacity: int,
+  size: int,
+  on_read: Callable[[int], None] | None = None,
+) -> Carry:
+  """Reads prompts in slices of `size` items, and draws nothing yet.
+
+  Two programs serve all prompts of one batch and capacity: one for the first slice, and one for
+  all others, which extends the cache in place.
+
+  Args:
+    stepper: The model.
+    sampler: The sampler.
+    prompts: Prompts, padded on the right to a multiple of `size`.
+    lengths: Items of each prompt, at least 1.
+    keys: Row keys.
+    budget: Items that may be drawn.
+    capacity: Room of the cache, for every prompt and the budget behind it.
+    size: Items of a slice.
+    on_read: Called with the slice's size behind each.
+
+  Returns:
+    What `advance` continues from.
+  """
+  width = jax.tree.leaves(prompts)[0].shape[1]
+  if width % size:
+    raise ValueError(f"prompts of {width} items are no multiple of slices of {size=}; pad them")
+  features = cache = None
+  for start in range(0, width, size):
+    part = jax.tree.map(lambda x, start=start: x[:, start : start + size], prompts)
+    valid = jnp.clip(lengths - start, 0, size)
+    if cache is None:
+      features, cache = _read_first(stepper, part, valid, capacity=capacity)
+    else:
+      features, cache = _read_more(stepper, part, valid, features, cache)
+    if on_read is not None:
+      jax.block_until_ready(features)
+      on_read(size)
+  return _carry(sampler, features, cache, prompts, lengths, keys, budget)
+
+
+@functools.partial(jax.jit, static_argnames=("capacity",))
+def _read_first(stepper, prompts, lengths, *, capacity):
+  return stepper.prefill(prompts, lengths, capacity)
+
+
+@functools.partial(jax.jit, donate_argnames=("features", "cache"))
+def _read_more(stepper, prompts, lengths, features, cache):
+  new, cache = stepper.extend(prompts, lengths, cache)
+  # A row whose prompt has ended keeps what it ended with.
+  return _select(lengths > 0, new, features), cache
+
+
+def _carry(sampler, features, cache, prompts, lengths, keys, budget) -> Carry:
+  return Carry(
     features=features,
     cache=cache,
     row_state=sampler.init(prompts, lengths),
@@ -139,7 +215,6 @@ def begin(
     budget=jnp.asarray(budget, jnp.int32),
     finished=jnp.zeros(keys.shape, bool),
   )
-  return _fill(stepper, sampler, carry, num_items)
 
 
 @functools.partial(jax.jit, static_argnames=("num_items",), donate_argnames=("carry",))
@@ -190,9 +265,8 @@ def generate(
   stepper, arrays, capacity = _prepare(
     model, params, prompts, lengths, key, max_new_tokens, stop_tokens, pad_id
   )
-  generated, _ = begin(
-    stepper, sampler, *arrays, max_new_tokens, capacity=capacity, num_items=max_new_tokens
-  )
+  sizes = dict(capacity=capacity, num_items=max_new_tokens)
+  generated, _ = begin(stepper.unstacked(), sampler, *arrays, max_new_tokens, **sizes)
   return generated
 
 
@@ -206,6 +280,8 @@ def stream(
   key: Key[Array, ""] | Key[Array, " B"],
   max_new_tokens: int,
   block_size: int = 16,
+  prefill_size: int | None = None,
+  on_read: Callable[[int], None] | None = None,
   stop_tokens: tuple[int, ...] = (),
   pad_id: int = 0,
 ) -> Iterator[Generated]:
@@ -213,27 +289,55 @@ def stream(
 
   Two programs are compiled, for the first block and for all others. The last block may be shorter.
   Arguments are as in `generate` and are checked at once, not at the first block.
+
+  Args:
+    model: The model.
+    params: Its parameters.
+    prompts: Prompts.
+    lengths: Their lengths.
+    sampler: The sampler.
+    key: A key, or one per row.
+    max_new_tokens: Tokens to draw at most.
+    block_size: Tokens of a block.
+    prefill_size: Reads prompts that are longer in slices of this many tokens, so that memory beside
+      the cache does not grow with them.
+    on_read: Called behind each such slice with its size.
+    stop_tokens: Tokens that finish a row.
+    pad_id: What finished rows emit.
   """
-  if block_size < 1:
-    raise ValueError(f"{block_size=} must be at least 1")
+  for name, size in (("block_size", block_size), ("prefill_size", prefill_size)):
+    if size is not None and size < 1:
+      raise ValueError(f"{name}={size} must be at least 1")
   stepper, arrays, capacity = _prepare(
     model, params, prompts, lengths, key, max_new_tokens, stop_tokens, pad_id
   )
-  begins = functools.partial(
-    begin, stepper, sampler, *arrays, max_new_tokens, capacity=capacity, num_items=block_size
-  )
-  advances = functools.partial(advance, stepper, sampler, num_items=block_size)
-  return _blocks(begins, advances, max_new_tokens, block_size)
+  options = dict(block_size=block_size, prefill_size=prefill_size, on_read=on_read)
+  return _blocks(stepper, sampler, arrays, max_new_tokens, capacity, **options)
 
 
-def _blocks(begins, advances, max_new_tokens: int, block_size: int) -> Iterator[Generated]:
-  block, carry = begins()
+def _blocks(
+  stepper, sampler, arrays, max_new_tokens, capacity, *, block_size, prefill_size, on_read
+) -> Iterator[Generated]:
+  stepper = stepper.unstacked()
+  prompts, *rest = arrays
+  if prefill_size is None or prompts.shape[1] <= prefill_size:
+    sizes = dict(capacity=capacity, num_items=block_size)
+    block, carry = begin(stepper, sampler, *arrays, max_new_tokens, **sizes)
+  else:
+    padding = -prompts.shape[1] % prefill_size
+    prompts = jnp.pad(prompts, ((0, 0), (0, padding)), constant_values=stepper.pad)
+    # Of rooms of many sizes each would be a program.
+    sizes = dict(size=prefill_size, capacity=-(-capacity // prefill_size) * prefill_size)
+    carry = begin_in_slices(
+      stepper, sampler, prompts, *rest, max_new_tokens, **sizes, on_read=on_read
+    )
+    block, carry = advance(stepper, sampler, carry, num_items=block_size)
   while max_new_tokens > block_size:
     yield block
     if bool(block.finished.all()):
       return
     max_new_tokens -= block_size
-    block, carry = advances(carry)
+    block, carry = advance(stepper, sampler, carry, num_items=block_size)
   cut = (slice(None), slice(max_new_tokens))
   yield block.replace(
     tokens=jax.tree.map(lambda x: x[cut], block.tokens), log_probs=block.log_probs[cut]

@@ -62,6 +62,11 @@ class Stepper(Protocol):
   ) -> tuple[Features, Cache]:
     """Features behind each prompt, and a cache with room for `capacity` items."""
 
+  def extend(
+    self, prompts: Item, lengths: Int[Array, " B"], cache: Cache
+  ) -> tuple[Features, Cache]:
+    """Reads more of each prompt, nothing where a length is 0; features of such rows are void."""
+
   def step(self, item: Item, cache: Cache) -> tuple[Features, Cache]:
     """Reads one item per row."""
 

@@ -2,7 +2,7 @@
 
 import codecs
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -42,6 +42,8 @@ def stream_text(
   key: Key[Array, ""] | Key[Array, " B"],
   max_new_tokens: int,
   block_size: int = 8,
+  prefill_size: int | None = None,
+  on_read: Callable[[int], None] | None = None,
 ) -> Iterator[list[Piece]]:
   """Continues prompts, each the start of a document; a row ends where the model starts the next.
 
@@ -54,6 +56,8 @@ def stream_text(
     key: As in `generate`.
     max_new_tokens: Tokens to draw at most.
     block_size: Tokens between two pieces.
+    prefill_size: As in `stream`.
+    on_read: As in `stream`.
 
   Returns:
     An iterator over blocks, each a piece per row. Arguments are checked before it is begun.
@@ -78,6 +82,8 @@ def stream_text(
     key=key,
     max_new_tokens=max_new_tokens,
     block_size=min(block_size, max_new_tokens),
+    prefill_size=prefill_size,
+    on_read=on_read,
     stop_tokens=(tokenizer.bos_id,),
     pad_id=tokenizer.pad_id,
   )

@@ -123,6 +123,34 @@ def test_stream_equals_generate(small, prompts):
   _equal(_joined(blocks), expected)
 
 
+def test_prompts_in_slices_are_prompts_at_once(language_model, prompts):
+  model, params = language_model
+  more = sample.loop._read_more
+  settings = dict(sampler=_DRAWN, key=jax.random.key(2), max_new_tokens=7, block_size=_BLOCK)
+  rows = np.concatenate([prompts, prompts[::-1, :4]], axis=1)  # 9 tokens: four slices and a tail.
+  read, programs = [], []
+  for lengths in np.array([[9, 1, 4], [6, 8, 7], [2, 2, 9]]):
+    want = _joined(sample.stream(model, params, rows, lengths, **settings))
+    slices = sample.stream(
+      model, params, rows, lengths, prefill_size=2, on_read=read.append, **settings
+    )
+    _equal(_joined(slices), want)
+    programs.append(more._cache_size())
+  # Shorter ones run the same programs, for rooms of caches come in whole slices.
+  short = rows[:, :8], np.array([8, 8, 1])
+  list(sample.stream(model, params, *short, prefill_size=2, **settings))
+  programs.append(more._cache_size())
+  assert read == [2] * 15 and len(set(programs)) == 1
+
+
+def test_slices_divide_prompts(small, prompts):
+  keys = sample.row_keys(0, np.arange(3))
+  arrays = jnp.asarray(prompts), jnp.asarray(_LENGTHS), keys
+  stepper = sample.TokenStepper(*small, np.zeros(0, np.int32))
+  with pytest.raises(ValueError, match="size=2; pad them"):
+    sample.begin_in_slices(stepper, _DRAWN, *arrays, 4, capacity=12, size=2)
+
+
 def test_stop_tokens_finish_rows(small, prompts):
   free = sample.generate(*small, prompts, _LENGTHS, **_settings(11))
   stops = (int(free.tokens[0, 4]), int(free.tokens[2, 9]))
@@ -225,6 +253,10 @@ class _LatentStepper(struct.PyTreeNode):
     total = (prompts * valid).sum(axis=1)
     return total, total
 
+  def extend(self, prompts, lengths, cache):
+    total, _ = self.prefill(prompts, lengths, 0)
+    return cache + total, cache + total
+
   def step(self, item, cache):
     return cache + item["z"], cache + item["z"]
 
@@ -252,6 +284,9 @@ def test_items_may_be_latents():
   second, _ = sample.advance(stepper, sampler, carry, num_items=5)
   z = np.concatenate([first.tokens["z"], second.tokens["z"]], axis=1)
   np.testing.assert_allclose(z, whole.tokens["z"], rtol=1e-5)
+  carry = sample.begin_in_slices(stepper, sampler, prompts, lengths, keys, 8, capacity=10, size=1)
+  sliced, _ = sample.advance(stepper, sampler, carry, num_items=8)
+  np.testing.assert_allclose(sliced.tokens["z"], whole.tokens["z"], rtol=1e-5)
   for row, n in enumerate(whole.lengths):
     np.testing.assert_array_equal(whole.tokens["count"][row, :n], np.arange(n))
     assert (whole.tokens["z"][row, n:] == -7).all() and (whole.tokens["count"][row, n:] == -7).all()
