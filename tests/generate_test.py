@@ -154,3 +154,22 @@ def test_errors_name_flag_value_and_remedy(workdir, tmp_path):
   assert done.returncode == 0, done.stderr
   for message, expected in zip(done.stdout.splitlines(), cases.values(), strict=True):
     assert expected in message
+
+
+def test_another_mask_for_the_same_parameters(workdir):
+  """Under a window of two tokens, a sample depends on no more of the prompt than these."""
+
+  def sampled(prompt, *more):
+    args = (f"--workdir={workdir}", f"--prompt={prompt}", "--greedy", "--num_tokens=12", *more)
+    run = _python("-m", "experiments.generate", *args)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.removeprefix(prompt)
+
+  window = "--model=mask=sliding_window,mask_size=2"
+  # One layer: the last two tokens are all that is seen.
+  assert sampled("abcxyz", window) == sampled("defghiyz", window)
+  for text, message in (("mask_sise=2", "fields are"), ("mask_size=two", "is no int")):
+    failed = _python("-m", "experiments.generate", f"--workdir={workdir}", f"--model={text}")
+    assert failed.returncode == 1 and message in failed.stderr
+  failed = _python("-m", "experiments.generate", f"--workdir={workdir}", "--model=embed_dim=32")
+  assert failed.returncode == 1 and "changes parameters" in failed.stderr

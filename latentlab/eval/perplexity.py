@@ -115,8 +115,8 @@ class Evaluator:
     }
 
 
-def add_sums(totals: dict[str, Any] | None, sums: dict[str, Any] | None) -> dict[str, Any] | None:
-  """Adds a batch's sums in float64."""
+def add_sums(totals: Any, sums: Any) -> Any:
+  """Adds a batch's sums, a tree of arrays, in float64; `None` is nothing yet."""
   if sums is None:
     return totals
   sums = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(sums))

@@ -150,6 +150,7 @@ def load(
   config: ml_collections.ConfigDict | None = None,
   *,
   step: int | str = "latest",
+  model: Mapping[str, Any] | None = None,
 ) -> Trained:
   """Restores the parameters of a run.
 
@@ -158,6 +159,8 @@ def load(
     config: Of the run, if not what its `config.json` says; the mesh may differ. Without one, a mesh
       that does not fit the devices at hand gives way to plain data parallelism.
     step: A step that has a checkpoint, "latest" or "best".
+    model: Fields of `config.model` that differ from the run's, for the same parameters: another
+      mask, say.
 
   Raises:
     ValueError: there is no such checkpoint, or it is of another model.
@@ -174,6 +177,11 @@ def load(
     raise ValueError(f"{str(workdir)!r} holds no {_TOKENIZER}: train there first.")
   tokenizer = data_lib.load_tokenizer(path)
   task = build_task(config, tokenizer.vocab_size)
+  if model:
+    task.variant(model)  # Raises where it has other parameters.
+    config = ml_collections.ConfigDict(config.to_dict())
+    config.model.update(model)
+    task = build_task(config, tokenizer.vocab_size)
   trainer = partition.make_trainer(task, config)
   part = "params" if trainer.abstract_state.ema is None else "ema"
   with checkpoint.Checkpointer(workdir, **config.checkpoint, read_only=True) as checkpointer:
@@ -189,6 +197,29 @@ def load(
       partial=True,
     )
   return Trained(config, tokenizer, task, trainer, state[part], step)
+
+
+def save(
+  workdir: str | pathlib.Path,
+  config: ml_collections.ConfigDict,
+  tokenizer: data_lib.Tokenizer,
+  params: Params,
+) -> None:
+  """Writes what `load` reads, as step 0 of a run, for parameters that were trained elsewhere.
+
+  Training can start from them with `config.init_from`.
+
+  Raises:
+    ValueError: the workdir holds a run.
+  """
+  workdir = pathlib.Path(workdir).absolute()
+  if (workdir / _CONFIG).exists() or (workdir / "checkpoints").exists():
+    raise ValueError(f"{str(workdir)!r} holds a run already; give another workdir.")
+  workdir.mkdir(parents=True, exist_ok=True)
+  with checkpoint.Checkpointer(workdir, **config.checkpoint) as checkpointer:
+    checkpointer.save(0, {"params": jax.device_put(params)}, {})
+  tokenizer.save(workdir / _TOKENIZER)
+  _write_config(config, workdir)
 
 
 def read_config(workdir: str | pathlib.Path) -> ml_collections.ConfigDict:
