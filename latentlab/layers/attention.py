@@ -99,6 +99,9 @@ class Attention(nn.Module):
     positions = context.positions
     biases = dict(decay=c.positions.decay(c.head_dim))
     biases["slopes"] = ops.alibi_slopes(c.num_heads) if c.positions.kind == "alibi" else None
+    if cache is None and context.in_place and self.is_mutable_collection("intermediates"):
+      pairs = dict(mask=c.mask, segment_ids=context.segment_ids, valid=context.valid)
+      self.sow("intermediates", "distances", ops.scores_by_distance(q, k, **pairs, **biases))
     # The first tokens of rows attend among themselves, whatever slots the cache gives them.
     fresh = context.fresh and context.in_place
     fresh = fresh and context.allowed is None and context.key_bias is None
