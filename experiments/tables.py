@@ -199,7 +199,8 @@ def make_cells(
   if scale not in table.scales:
     raise ValueError(f"unknown --scale={scale!r}; choose one of {sorted(table.scales)}.")
   selected = table.select(rows)
-  if not seeds or len(set(seeds)) < len(seeds) or not all(s.isdecimal() for s in seeds):
+  numbers = {int(s) for s in seeds if s.isdecimal()}
+  if not seeds or len(numbers) < len(seeds):
     raise ValueError(f"--seeds={','.join(seeds)} must be different numbers, 0,1,2 say.")
   if unknown := [flag for flag in overrides if not flag.startswith("--config.")]:
     raise ValueError(f"unknown arguments {unknown}; behind -- stand --config.<field>=<value>.")
@@ -207,7 +208,7 @@ def make_cells(
   for row in selected.values():
     runs.setdefault(row.run, set()).update(row.metrics.values())
   cells = []
-  for seed in map(int, seeds):
+  for seed in sorted(numbers):
     for run, metrics in runs.items():
       argument = f"{table.path}:row={run},scale={scale},seed={seed}{',smoke' * smoke}"
       cell = Cell(

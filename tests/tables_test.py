@@ -324,7 +324,7 @@ def test_needs_the_base_row(table, tmp_path):
     (dict(scale="big"), r"--scale='big'; choose one of \['paper', 'small'\]"),
     (dict(rows=["gate"]), r"--rows=gate; choose among \['retnet', 'no_gate'"),
     (dict(seeds=["a"]), "--seeds=a must be different numbers"),
-    (dict(seeds=["1", "1"]), "--seeds=1,1 must be different"),
+    (dict(seeds=["1", "01"]), "--seeds=1,01 must be different"),
     (dict(overrides=["--seed=1"]), r"behind -- stand --config"),
     (dict(overrides=["--config.train_stepz=1"]), "train_stepz"),
     (dict(overrides=["--config.train_steps=x"]), "train_steps=x"),
