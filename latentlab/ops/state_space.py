@@ -154,8 +154,10 @@ def _chunk(modes, inner, carry, tokens):
   chunk = q.shape[1]
   product = functools.partial(jnp.einsum, preferred_element_type=inner.dtype)
 
+  # Heads before length: plain batched products.
+  q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
   inner = jnp.where((runs[:, :, None] == runs[:, None, :])[:, None], inner, 0)
-  out = product("BNCD,BDNV->BCNV", product("BCNH,BDNH->BNCD", q, k) * inner, v)
+  out = product("BNCD,BNDV->BNCV", product("BNCH,BNDH->BNCD", q, k) * inner, v)
 
   # From each token to the last valid one.
   places = jnp.arange(chunk)
@@ -164,18 +166,18 @@ def _chunk(modes, inner, carry, tokens):
   leave = jnp.where((runs == last)[..., None, None], _flat(leave), 0)
   # A token of the chunk's padding is a copy, and k and v of a row's padding are zero.
   leave = jnp.where((places < count[:, None])[..., None, None], leave, 0)
-  update = product("BCNX,BCNH,BCNV->BNXHV", leave, k, v)
+  update = product("BCNX,BNCH,BNCV->BNXHV", leave, k, v)
   if state is None:
-    return (update, last[:, 0]), out
+    return (update, last[:, 0]), out.swapaxes(1, 2)
 
   enter = _flat(modes.read(modes.powers(1 + places.astype(inner.dtype))))
   enter = jnp.where((runs == run[:, None])[..., None, None], enter, 0)
-  out += product("BCNX,BCNH,BNXHV->BCNV", enter, q, state)
+  out += product("BCNX,BNCH,BNXHV->BNCV", enter, q, state)
   a, b = jnp.moveaxis(modes.powers(count.astype(inner.dtype)), -1, 0)[..., None, None]
   real, imag = jnp.moveaxis(state.reshape(*state.shape[:2], -1, 2, *state.shape[3:]), 3, 0)
   kept = jnp.stack([a * real - b * imag, a * imag + b * real], axis=3).reshape(state.shape)
   kept = jnp.where((last == run[:, None])[..., None, None, None], kept, 0)
-  return (kept + update, last[:, 0]), out
+  return (kept + update, last[:, 0]), out.swapaxes(1, 2)
 
 
 def _flat(modes: Float[Array, "*B M 2"]) -> Float[Array, "*B X"]:
