@@ -32,7 +32,9 @@ class Distances(NamedTuple):
 def attention_resolution(
   scores: Float[Array, "*L T"], seen: Bool[Array, "*#L T"] | None = None
 ) -> Float[Array, "*L"]:
-  """`sum_n p_n (p_n - p_{n+1})` with `p = softmax(scores)` (eq. 3): at most 1, and 0 if constant.
+  """`sum_n p_n (p_n - p_{n+1})` with `p = softmax(scores)` (eq. 3), between 0 and 1.
+
+  No score follows the last one, so that `p` ends with 0.
 
   Args:
     scores: Expected score at each distance, from 0 on.

@@ -31,7 +31,12 @@ def test_lex_06_resolution_of_plain_cases():
   assert resolution(np.zeros(400)) == pytest.approx(1 / 400**2, abs=1e-7)
   assert resolution([80.0, *np.zeros(50)]) == pytest.approx(1)
   assert resolution([0, 0.3, 0.6, 0.9]) == pytest.approx(_definition(np.arange(4) * 0.3))
-  assert resolution([*np.arange(40) * 0.05, -100]) < 0  # Further keys have larger scores.
+  # Further keys with larger scores: only where a score follows the last may terms be negative.
+  rising = np.arange(40) * 0.05
+  p = np.exp(rising) / np.exp(rising).sum()
+  assert (p[:-1] * (p[:-1] - p[1:])).sum() < 0
+  halves = (p[0] ** 2 + p[-1] ** 2 + (np.diff(p) ** 2).sum()) / 2
+  assert resolution(rising) == pytest.approx(halves, abs=1e-6)
   assert np.isfinite(resolution([3e38, -3e38]))
   seen = jnp.arange(6) < 4
   part = ops.attention_resolution(jnp.asarray([0.5, 0.1, 0.2, 0.0, 7.0, 9.0]), seen)
