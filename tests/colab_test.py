@@ -1,5 +1,6 @@
 """The notebooks run from top to bottom, at smoke scale."""
 
+import ast
 import pathlib
 import subprocess
 import sys
@@ -11,27 +12,52 @@ import pytest
 _COLAB = pathlib.Path(__file__).parent.parent / "colab"
 
 
-@pytest.mark.slow
-def test_quickstart_trains_draws_and_samples(tmp_path, monkeypatch):
+@pytest.fixture
+def execute(tmp_path, monkeypatch):
+  """Runs a notebook at smoke scale, in the workdir `tmp_path / "run"`."""
   monkeypatch.setenv("LATENTLAB_SMOKE", "1")
   monkeypatch.setenv("LATENTLAB_WORKDIR", str(tmp_path / "run"))
   monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
   monkeypatch.delenv("MPLBACKEND")  # The kernel's own draws into the notebook.
-  notebook = nbformat.read(_COLAB / "quickstart.ipynb", as_version=4)
-  nbclient.NotebookClient(
-    notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(_COLAB)}}
-  ).execute()
-  pictures = [
-    o
-    for cell in notebook.cells
-    for o in cell.get("outputs", ())
-    if "image/png" in o.get("data", {})
-  ]
-  assert pictures
-  sampled = notebook.cells[-1].outputs
-  text = "".join(o.text for o in sampled if o.get("name") == "stdout")
+
+  def run(name):
+    notebook = nbformat.read(_COLAB / name, as_version=4)
+    nbclient.NotebookClient(
+      notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(_COLAB)}}
+    ).execute()
+    return notebook
+
+  return run
+
+
+def _pictures(notebook):
+  outputs = [o for cell in notebook.cells for o in cell.get("outputs", ())]
+  return [o for o in outputs if "image/png" in o.get("data", {})]
+
+
+def _printed(cell):
+  return "".join(o.text for o in cell.outputs if o.get("name") == "stdout")
+
+
+@pytest.mark.slow
+def test_quickstart_trains_draws_and_samples(execute, tmp_path):
+  notebook = execute("quickstart.ipynb")
+  assert _pictures(notebook)
+  text = _printed(notebook.cells[-1])
   assert text.startswith("def read(") and len(text) > len("def read(")
   assert list((tmp_path / "run" / "plots").glob("*.png"))
+
+
+@pytest.mark.slow
+def test_length_extrapolation_evaluates_by_length_and_writes_on(execute, tmp_path):
+  notebook = execute("length_extrapolation.ipynb")
+  assert len(_pictures(notebook)) == 2  # The theory's curves, and perplexity by length.
+  sizes, _, text = _printed(notebook.cells[-1]).partition("\n")
+  short, long, longest = ast.literal_eval(sizes).values()
+  assert longest == long <= short * 2  # The cache of blocks grows with no length.
+  assert text.startswith("def read(") and len(text) > len("def read(")
+  for row in ("rope", "xpos"):
+    assert (tmp_path / "run" / row / "metrics.jsonl").exists()
 
 
 def test_committed_notebooks_hold_no_outputs():
