@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from latentlab.interop import StateDict, export_weights, torchscale
 from latentlab.layers import BlockConfig
 from latentlab.models import LanguageModelConfig
 from latentlab.typing import Params
-
-StateDict = dict[str, np.ndarray]
 
 
 def llama(config: LanguageModelConfig) -> "transformers.LlamaForCausalLM":
@@ -120,29 +119,7 @@ def llama_weights(params: Params) -> StateDict:
 
 def torchscale_weights(params: Params) -> StateDict:
   """Our RetNet's parameters (or their gradients) by torchscale's names."""
-  weights = {
-    "embed_tokens.weight": params["embedder"]["embedding"],
-    "layer_norm.weight": params["decoder"]["final_norm"]["scale"],
-    "output_projection.weight": _linear(params["head"]),
-  }
-  for i, block in _layers(params):
-    mixer, feed_forward = block["mixer"], block["feed_forward"]
-    weights |= {
-      f"layers.{i}.{name}.weight": x
-      for name, x in {
-        "retention_layer_norm": block["mixer_norm"]["scale"],
-        "retention.q_proj": _linear(mixer["q_proj"]),
-        "retention.k_proj": _linear(mixer["k_proj"]),
-        "retention.v_proj": _linear(mixer["v_proj"]),
-        "retention.g_proj": _linear(mixer["gate_proj"]),
-        "retention.out_proj": _linear(mixer["out_proj"], num_contracted=2),
-        "final_layer_norm": block["feed_forward_norm"]["scale"],
-        "ffn.fc1": _linear(feed_forward["gate_proj"]),  # The one that is activated.
-        "ffn.gate": _linear(feed_forward["in_proj"]),
-        "ffn.fc2": _linear(feed_forward["out_proj"]),
-      }.items()
-    }
-  return _as_numpy(weights)
+  return export_weights(torchscale.entries(), params)
 
 
 def load(module: "torch.nn.Module", weights: StateDict) -> None:

@@ -1,0 +1,88 @@
+r"""Makes a workdir of a model that another library trained, for `evaluate` and `generate`.
+
+  python -m experiments.import_weights --from=torchscale --input=retnet.safetensors \
+      --workdir=runs/imported --tokenizer=tokenizer.json \
+      --set=feed_forward=swiglu --set=scale_embeddings=true
+
+`--set` gives a field of `config.model` that the weights do not tell. Training goes on from the
+workdir with `--config.init_from`.
+"""
+
+import logging
+import pathlib
+from typing import Any
+
+from absl import flags
+
+from experiments.configs import common
+from latentlab import app, interop
+from latentlab import data as data_lib
+from latentlab.models import registry
+from latentlab.train import loop
+
+_FROM = flags.DEFINE_enum("from", None, sorted(interop.IMPORTERS), "Library of the weights.")
+_INPUT = flags.DEFINE_string("input", None, "Weights: .safetensors, or torch's .pt, .pth, .bin.")
+_TOKENIZER = flags.DEFINE_string("tokenizer", "bytes", "'bytes', or a tokenizer's json file.")
+_SEQ_LENGTH = flags.DEFINE_integer(
+  "seq_length", 2048, "Window of evaluations, config.data.seq_length.", lower_bound=1
+)
+_SET = flags.DEFINE_multi_string("set", [], "<field>=<value> of config.model; may be repeated.")
+_FLAGS = (_FROM, _INPUT, _TOKENIZER, _SEQ_LENGTH, _SET)
+
+logger = logging.getLogger("latentlab.import_weights")
+
+
+def main() -> None:
+  workdir = flags.FLAGS.workdir
+  for name, value in (("from", _FROM.value), ("input", _INPUT.value), ("workdir", workdir)):
+    if not value:
+      raise ValueError(f"--{name} is missing.")
+  tokenizer = data_lib.load_tokenizer(_TOKENIZER.value)
+  importer = interop.IMPORTERS[_FROM.value]
+  try:
+    imported = importer(interop.read(_INPUT.value), _fields(_SET.value))
+  except ValueError as e:
+    raise ValueError(f"--input={_INPUT.value!r} with --set={_SET.value}: {e}") from e
+  if tokenizer.vocab_size != imported.vocab_size:
+    raise ValueError(
+      f"--tokenizer={_TOKENIZER.value!r} has {tokenizer.vocab_size} tokens and the weights have "
+      f"{imported.vocab_size}: give the tokenizer that they were trained with."
+    )
+  section = dict(imported.model)
+  c = common.language_model()
+  c.model = common.model(section.pop("name"), **section)
+  c.data.seq_length = _SEQ_LENGTH.value
+  c.data.tokenizer = _TOKENIZER.value
+  if _TOKENIZER.value != "bytes":
+    c.data.tokenizer = str(pathlib.Path(workdir, "tokenizer.json").absolute())
+  loop.save(workdir, c, tokenizer, imported.params)
+  logger.info("%d tokens, %s, in %s.", imported.vocab_size, section, workdir)
+
+
+def _fields(items: list[str]) -> dict[str, Any]:
+  """Fields of a model's section, by the types that the models give them."""
+  kinds = {}
+  for name in registry.MODELS:
+    kinds = registry.fields(name) | kinds
+  fields = {}
+  for item in items:
+    name, equals, text = item.partition("=")
+    if not equals or name not in kinds:
+      raise ValueError(f"--set={item!r} must be <field>=<value> with a field of {sorted(kinds)}.")
+    kind = kinds[name][0]
+    if kind is bool:
+      if text not in ("true", "false"):
+        raise ValueError(f"--set={item!r} must be true or false.")
+      fields[name] = text == "true"
+    elif kind is tuple:
+      fields[name] = tuple(float(x) for x in text.split(","))
+    else:
+      try:
+        fields[name] = kind(text)
+      except ValueError as e:
+        raise ValueError(f"--set={item!r} is no {kind.__name__}.") from e
+  return fields
+
+
+if __name__ == "__main__":
+  app.run_tool(main, flag_names=["workdir", *(f.name for f in _FLAGS)])

@@ -1,0 +1,25 @@
+"""Weights of other libraries' models, in and out.
+
+An importer is `(state, fields) -> Imported`: what a file holds, and fields of `config.model` that
+it does not tell; the next one is a line of `IMPORTERS`.
+"""
+
+from latentlab.interop import torchscale
+from latentlab.interop.files import read, write
+from latentlab.interop.weights import Entry, Imported, StateDict, export_weights, import_weights
+
+IMPORTERS = {"torchscale": torchscale.import_model}
+EXPORTERS = {"torchscale": torchscale.export_model}
+
+__all__ = [
+  "EXPORTERS",
+  "IMPORTERS",
+  "Entry",
+  "Imported",
+  "StateDict",
+  "export_weights",
+  "import_weights",
+  "read",
+  "torchscale",
+  "write",
+]
