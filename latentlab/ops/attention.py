@@ -22,10 +22,12 @@ from jax.sharding import PartitionSpec
 from latentlab.ops.mesh import axes_to_map, check_sizes, map_parts, repeat_key_heads
 from latentlab.ops.positions import document_positions
 from latentlab.typing import Array, Bool, DTypeLike, Float, Int, Shaped
+from pallas_kernels.common import target_platform
 from pallas_kernels.flash_attention import Implementation
 from pallas_kernels.flash_attention import flash_attention as kernel
 from pallas_kernels.visibility import HIDDEN
 
+_HEADS_AT_ONCE = 8  # Of a decoding step on a CPU; with more, their zeros outweigh a copy.
 _LOWEST_BIAS = -1e30  # So far above HIDDEN that a hidden key gets no weight beside any visible one.
 
 
@@ -166,8 +168,14 @@ def attention(
   # Heads before length: plain batched products, and rows of scores that lie together in memory.
   dtype = jnp.promote_types(q.dtype, jnp.float32)
   q = q.reshape(batch, length, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)  # B K G T H
-  k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-  scores = jnp.einsum("BKGTH,BKSH->BKGTS", q, k, preferred_element_type=dtype)
+  # The one query of a decoding step would have a whole cache transposed: see `_scores_at_once`.
+  at_once = length == 1 and kv_heads <= _HEADS_AT_ONCE and spec is None
+  at_once = at_once and target_platform() == "cpu"
+  if at_once:
+    scores = _scores_at_once(q, k, dtype)
+  else:
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    scores = jnp.einsum("BKGTH,BKSH->BKGTS", q, k, preferred_element_type=dtype)
   if key_bias is not None:
     scores += jnp.maximum(key_bias.astype(dtype), _LOWEST_BIAS)[:, None, None, None, :]
   if slopes is not None:
@@ -175,7 +183,10 @@ def attention(
     scores -= slopes * distance[:, None, None].astype(dtype)
   scores = jnp.where(visible, scores, HIDDEN)
   weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-  out = jnp.einsum("BKGTS,BKSV->BKGTV", weights, v, preferred_element_type=dtype)
+  if at_once:
+    out = _mean_at_once(weights, v, dtype)
+  else:
+    out = jnp.einsum("BKGTS,BKSV->BKGTV", weights, v, preferred_element_type=dtype)
   seen = visible.any(axis=-1, keepdims=True)
   out = jnp.where(seen, out, 0).transpose(0, 3, 1, 2, 4)
   out = out.reshape(batch, length, heads, v.shape[-1]).astype(v.dtype)
@@ -183,6 +194,34 @@ def attention(
     return out
   lse = jnp.where(seen[..., 0], jax.nn.logsumexp(scores, axis=-1), -jnp.inf)
   return out, lse.reshape(batch, heads, length).swapaxes(1, 2)
+
+
+def _scores_at_once(
+  q: Float[Array, "B K G 1 H"], k: Float[Array, "B S K H"], dtype: DTypeLike
+) -> Float[Array, "B K G 1 S"]:
+  """Scores of one query by a product over all heads' features, which reads keys where they lie.
+
+  A query is zero outside of its head. That is `K` times the arithmetic, and no copy of the keys,
+  which XLA's CPU backend makes before a product per head.
+  """
+  batch, heads, groups = q.shape[:3]
+  apart = jnp.eye(heads, dtype=q.dtype)[:, None, None]  # J 1 1 K
+  apart = q[:, :, :, 0].transpose(0, 1, 3, 2)[..., None] * apart
+  matrix = apart.reshape(batch, -1, groups * heads)
+  scores = jnp.matmul(k.reshape(batch, k.shape[1], -1), matrix, preferred_element_type=dtype)
+  scores = scores.reshape(batch, -1, groups, heads)
+  return scores.transpose(0, 3, 2, 1)[:, :, :, None]
+
+
+def _mean_at_once(
+  weights: Float[Array, "B K G 1 S"], v: Float[Array, "B S K V"], dtype: DTypeLike
+) -> Float[Array, "B K G 1 V"]:
+  """Means of the values in the same way: of all heads, of which each keeps its own."""
+  batch, heads, groups, _, length = weights.shape
+  weights, flat = weights.reshape(batch, -1, length), v.reshape(batch, length, -1)
+  out = jnp.matmul(weights, flat, preferred_element_type=dtype)
+  out = out.reshape(batch, heads, groups, heads, -1)
+  return jnp.einsum("BKGKV->BKGV", out)[:, :, :, None]
 
 
 def windowed_attention(
