@@ -37,9 +37,18 @@ def _arguments(file):
   return [f"row={run},scale={scale}" for run, scale in itertools.product(runs, module.SCALES)]
 
 
-_EVERY = [(file, argument) for file in _FILES for argument in _arguments(file)]
+# Once where tables share their runs.
+_EVERY = list(
+  {
+    (_module(file).get_config, argument): (file, argument)
+    for file in _FILES
+    for argument in _arguments(file)
+  }.values()
+)
 _each = pytest.mark.parametrize("file, argument", _EVERY, ids=[f"{f}:{a}" for f, a in _EVERY])
-_each_file = pytest.mark.parametrize("file", _FILES, ids=str)
+_each_run = pytest.mark.parametrize(
+  "file", {_module(file).get_config: file for file in _FILES}.values(), ids=str
+)
 
 
 def _config(file, argument="", *more):
@@ -84,7 +93,7 @@ def test_seed_and_smoke_are_arguments(file, argument):
     _config(file, argument, "smok")
 
 
-@_each_file
+@_each_run
 def test_one_row_trains(file, tmp_path):
   (tmp_path / "text.txt").write_text("Nobody expects the quick brown fox to jump again. " * 400)
   config = _config(file, _arguments(file)[-1], "smoke")
