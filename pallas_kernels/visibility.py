@@ -89,6 +89,7 @@ def bounds_of(
     q_offset=offsets, segment_ids=segment_ids, kv_segment_ids=kv_segment_ids, lengths=lengths
   )
   offsets = None if static else jnp.broadcast_to(q_offset, batch)
+  lengths = None if lengths is None else jnp.clip(lengths, 0, kv_length)  # Kernels index by them.
   return q_offset if static else None, Visibility(offsets, segment_ids, kv_segment_ids, lengths)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal
 
+import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
@@ -133,8 +134,6 @@ def diff_attention_decode(
 ) -> Float[Array, "B N V"]:
   """Differential attention of one query per row over a cache, for decoding.
 
-  Kernels of it have no gradient; "xla" and "naive" have.
-
   Args:
     q: Queries; each row's is that of its last valid key.
     k: See `diff_attention`.
@@ -163,6 +162,7 @@ def diff_attention_decode(
     f"{q.shape=}", lam=(lam, [(), q.shape[1:2], q.shape[:2]]), lengths=(lengths, [q.shape[:1]])
   )
   check_integers(lengths=lengths)
+  lengths = None if lengths is None else jnp.clip(lengths, 0, k.shape[1])
   check_at_least_one(num_splits=num_splits)
   options = Options(scale=scale, window=window, q_offset=None, eps=eps, post_scale=post_scale)
   return dispatch(

@@ -9,13 +9,13 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from pallas_kernels import mosaic_gpu
-from pallas_kernels.common import vary_alike
-from pallas_kernels.diff_attention import gpu, reference
+from pallas_kernels.diff_attention import gpu, reference, xla
 from pallas_kernels.diff_attention.blocks import GpuBlocks
 from pallas_kernels.diff_attention.gpu_forward import forward
 from pallas_kernels.diff_attention.reference import Options, Visibility
 
 
+@xla.with_gradient
 def decode(
   options: Options,
   q: Float[Array, "B N 2 H"],
@@ -47,7 +47,10 @@ def decode(
   outs = forward(
     Options(scale=options.scale, causal=False),
     GpuBlocks.for_shapes(dim, value_dim),
-    *vary_alike(rows, k, v, no_lam),
+    rows,
+    k,
+    v,
+    no_lam,
     gain=None,
     visibility=visibility,
     save=True,

@@ -10,8 +10,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Float, Int
 
 from pallas_kernels import mosaic_tpu, tpu_layout
-from pallas_kernels.common import vary_alike
-from pallas_kernels.diff_attention import reference, tpu_tiles
+from pallas_kernels.diff_attention import reference, tpu_tiles, xla
 from pallas_kernels.diff_attention.reference import HIDDEN, Options
 from pallas_kernels.diff_attention.tpu_forward import absorb, clear
 from pallas_kernels.diff_attention.tpu_tiles import LN2, maps
@@ -21,6 +20,7 @@ _MOST_KEYS = 512  # Of a tile.
 _ROWS = 16  # Of a bfloat16 tile: the query heads of a group are filled up to so many.
 
 
+@xla.with_gradient
 def decode(
   options: Options,
   q: Float[Array, "B N 2 H"],
@@ -90,7 +90,7 @@ def decode(
   whole = pl.BlockSpec((None, None, 2, rows, head_dim), lambda b, n, *_: (b, n, 0, 0, 0))
   (k_view, k_spec), (v_view, v_spec) = cache(k), cache(v)
   outputs = [part(LANES), part(LANES), part(value_dim)]
-  args = vary_alike(firsts, limits, queries, k_view, v_view)
+  args = firsts, limits, queries, k_view, v_view
   out_shape = [struct for struct, _ in outputs]
   pairs = batch * heads * kv_length
   top, total, sums = mosaic_tpu.call(

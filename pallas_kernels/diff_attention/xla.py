@@ -9,6 +9,8 @@ pass holds more than a block's rows of a map, so memory is linear in the length.
 
 import functools
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +87,31 @@ def decode(
     out = _contract("BKGMS,BSKV->BKGMV", weights.astype(v.dtype), v[:, start:stop])
     parts.append((out, top, total))
   return reference.merge(options, *(jnp.stack(x) for x in zip(*parts, strict=True)), lam, gain, v)
+
+
+def with_gradient(kernel: Callable[..., Float[Array, "B N V"]]) -> Callable[..., Any]:
+  """A kernel of decoding, given the gradient of `decode`, whose arguments it takes."""
+
+  @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+  def run(options, num_splits, arrays):
+    return kernel(options, *arrays, num_splits)
+
+  def forward(options, num_splits, arrays):
+    return run(options, num_splits, arrays), arrays
+
+  def backward(options, num_splits, arrays, d_out):
+    *learned, lengths = arrays
+    _, pullback = jax.vjp(lambda *x: decode(options, *x, lengths, num_splits), *learned)
+    return ((*pullback(d_out), None),)
+
+  run.defvjp(forward, backward)
+
+  @functools.wraps(kernel)
+  def op(options, q, k, v, lam, gain, lengths, num_splits=None):
+    leaves, tree = jax.tree.flatten((q, k, v, lam, gain, lengths))
+    return run(options, num_splits, jax.tree.unflatten(tree, vary_alike(*leaves)))
+
+  return op
 
 
 def _contract(letters, x, y):

@@ -34,8 +34,9 @@ def splash(
   if visibility.lengths is not None:
     raise NotImplementedError("Splash attention gives rows without a key no zeros; no lengths.")
   (_, length, heads, _), kv_length = q.shape, k.shape[1]
-  last = options.q_offset + length - 1
-  if options.causal and (options.q_offset < 0 or last - (options.window or last) >= kv_length - 1):
+  # The first key that a query's window still holds, of the last query.
+  first = 0 if options.window is None else options.q_offset + length - options.window
+  if options.causal and (options.q_offset < 0 or first >= kv_length):
     raise NotImplementedError(f"Splash attention has no rows without a key: {options=} {k.shape=}.")
   # Its blocks are whole; what is added is of no document. A query sees itself in any document.
   padded, kv_padded = (-(-n // LANES) * LANES for n in (length, kv_length))

@@ -335,6 +335,12 @@ class DiffAttentionSuite:
     for grad in grads[1:3]:
       assert grad[0, :end].any() and not grad[0, end:].any() and not grad[1].any()
 
+  def test_lengths_end_with_the_keys(self):
+    """Beyond all keys is as many as there are."""
+    case = self.case(self.block + 9)
+    run = lambda end: jax.jit(self.op(case, lengths=jnp.array([end]), causal=False))(*case.args())
+    np.testing.assert_array_equal(run(case.keys + self.block), run(case.keys))
+
   def test_documents_are_isolated(self):
     """Each document is as if alone, bit for bit, whatever the others hold."""
     case = self.case(self.block + 9)
@@ -407,6 +413,28 @@ class DiffAttentionSuite:
       decode = self.decode(**keywords)
       out = decode(q[:, at - 1], *cache, row, lengths=jnp.array([at]), gain=gain)
       assert relative_error(out, want[:, at - 1]) <= self.tolerance[case.dtype]
+
+  def test_gradients_of_decoding(self):
+    self._skip_unless_it_decodes()
+    end = self.block + 2
+    case = self.case(self.block + 5, heads=4, norm=True)
+    keywords = {n: x for n, x in case.keywords(self.block).items() if n != "return_lse"}
+    q, k, v, lam, gain = case.args()
+    args = q[:, -1], *(x.at[:, end:].set(jnp.nan) for x in (k, v)), lam, gain
+
+    def run(implementation, args):
+      def op(*args):
+        options = dict(lengths=jnp.array([end]), gain=args[4], implementation=implementation)
+        return diff_attention_decode(*args[:4], **options, **keywords)
+
+      return outputs_and_gradients(op, args)
+
+    got = jax.tree.leaves(run(self.implementation, args))
+    with jax.enable_x64(True):
+      want = run("naive", [jnp.asarray(np.asarray(x, np.float64)) for x in args])
+    for name, a, b in zip(("out", *NAMES), got, jax.tree.leaves(want), strict=True):
+      bound = (self.lam_tolerance if name == "dlam" else self.tolerance)[case.dtype]
+      assert relative_error(a, b) <= bound, name
 
   def test_split_keys_change_nothing(self):
     self._skip_unless_it_decodes()
