@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from experiments.benchmarks import tpu_schedule
+from experiments.benchmarks import gpu_compile, tpu_schedule
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _RESULTS = _ROOT / "experiments/results/benchmarks"
@@ -105,3 +105,27 @@ def test_a_real_schedule_is_as_committed(tmp_path):
   assert got["kernel"] == "retention_decode" and got["grid_steps"] == row["grid_steps"]
   assert 0 < got["bundles_per_step"] <= 1.05 * row["bundles_per_step"]
   assert got["spills"] <= row["spills"] and got["vmem_bytes"] <= 1.05 * row["vmem_bytes"]
+
+
+_NOTES = """ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function 'retention_mosaic_gpu_kernel' for 'sm_90a'
+ptxas info    : Function properties for retention_mosaic_gpu_kernel
+    16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 255 registers, used 3 barriers, 16 bytes cumulative stack size
+"""
+
+
+@pytest.mark.parametrize("more", ["", "ptxas info : (C7512) Potential Performance Loss: wgmma\n"])
+def test_reports_of_an_assembler(tmp_path, more):
+  (tmp_path / "retention_0.ptxas").write_text(_NOTES + more)
+  code = "HGMMA.64x64x16.F32.BF16 R24\n" * 3 + "FFMA R1, R2\n"
+  (tmp_path / "retention_0.sass_ctrl").write_text(code)
+  resources = (
+    "Resources(smem_scratch_bytes=4096, barrier_counts=Counter({Barrier(arrival_count=128, "
+    "num_barriers=2, orders_tensor_core=False): 3, Barrier(arrival_count=384, num_barriers=1, "
+    "orders_tensor_core=False): 1}))"
+  )
+  (tmp_path / "retention_1.resources.txt").write_text(resources)
+  ((name, report),) = gpu_compile.read_reports(tmp_path)
+  assert name == "retention"
+  assert report == gpu_compile.Report(255, 20, bool(more), 4096 + 8 * (2 * 3 + 1), 3)

@@ -5,7 +5,6 @@ them in earnest.
 """
 
 import dataclasses
-import functools
 
 import gpu_compile
 import jax
@@ -15,7 +14,7 @@ import pytest
 from diff_attention_suite import Case, DiffAttentionSuite, relative_error
 
 from pallas_kernels import mosaic_gpu
-from pallas_kernels.diff_attention import gpu, gpu_decode, gpu_tiles, reference
+from pallas_kernels.diff_attention import gpu, gpu_tiles, reference
 from pallas_kernels.diff_attention.blocks import GpuBlocks
 from pallas_kernels.diff_attention.reference import Options, Visibility
 
@@ -199,77 +198,34 @@ def _check_table(table, seen, block, tile, packed, *, whole_tiles):
         assert parts[first].any() and parts[end - 1].any()
 
 
-def program(head_dim, value_dim, *features):
-  """What `test_machine_code` compiles, in a process of its own: a training step's attention."""
-  head_dim, value_dim, batch, length, heads = int(head_dim), int(value_dim), 4, 4096, 16
-  kv_heads = 4 if "groups" in features else heads
-  of = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
-  maps = () if "shared" in features else (2,)
-  args = (
-    of(batch, length, heads, 2, head_dim),
-    of(batch, length, kv_heads, *maps, head_dim),
-    of(batch, length, kv_heads, value_dim),
-    of(heads, dtype=jnp.float32),
-    of(value_dim, dtype=jnp.float32),
-  )
-  ids, lengths = of(batch, length, dtype=jnp.int32), of(batch, dtype=jnp.int32)
-  options = Options(
-    scale=head_dim**-0.5,
-    window=1024 if "window" in features else None,
-    eps=1e-5 if "norm" in features else None,
-  )
-
-  def gradients(args, ids, lengths, d_out):
-    *args, gain = args
-    visibility = Visibility(
-      segment_ids=ids if "documents" in features else None,
-      kv_segment_ids=ids if "documents" in features else None,
-      lengths=lengths if "lengths" in features else None,
-    )
-    gain = gain if "norm" in features else None
-    out, vjp = jax.vjp(lambda *x: gpu.diff_attention(options, *x, gain, visibility), *args)
-    return out, vjp(d_out)
-
-  return gradients, (args, ids, lengths, of(batch, length, heads, value_dim))
-
-
 @pytest.mark.parametrize(
-  "head_dim,value_dim,features",
+  "case",
   [
-    (64, 128, ()),
-    (96, 192, ()),
-    (128, 256, ()),
-    (128, 256, ("norm", "groups", "documents", "lengths", "window")),
-    pytest.param(128, 128, ("shared", "groups", "window"), marks=pytest.mark.slow),
+    "64x128",
+    "96x192",
+    "128x256",
+    "128x256_everything",
+    pytest.param("128x128_shared", marks=pytest.mark.slow),
   ],
 )
-def test_machine_code(head_dim, value_dim, features):
+def test_machine_code(case):
   """No register is spilled, no matrix product waits for one, and all fits an H100."""
-  reports = gpu_compile.compile_for_h100(
-    __file__, "program", str(head_dim), str(value_dim), *features
-  )
+  reports = gpu_compile.compile_for_h100(f"diff_attention/{case}")
   assert sorted(reports) == sorted(KERNELS)
+  _check_machine_code(reports)
+
+
+def test_machine_code_of_decoding():
+  reports = gpu_compile.compile_for_h100("diff_attention_decode/128x256")
+  assert list(reports) == ["diff_attention_decode"]
+  _check_machine_code(reports)
+
+
+def _check_machine_code(reports):
   for name, report in reports.items():
     assert report.spilled_bytes == 0 and not report.serialized, (name, report)
     assert report.smem_bytes <= mosaic_gpu.MAX_SMEM_BYTES, (name, report)
     assert report.num_hgmma > 0, (name, report)
-
-
-def decode_program():
-  """What `test_machine_code_of_decoding` compiles: two rows of a long cache, in parts."""
-  of = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
-  options = Options(scale=0.1, window=2048, q_offset=None, eps=1e-5)
-  args = of(2, 16, 2, 128), of(2, 8192, 4, 2, 128), of(2, 8192, 4, 256)
-  args += of(16, dtype=jnp.float32), of(256, dtype=jnp.float32), of(2, dtype=jnp.int32)
-  return functools.partial(gpu_decode.decode, options), args
-
-
-def test_machine_code_of_decoding():
-  reports = gpu_compile.compile_for_h100(__file__, "decode_program")
-  (report,) = reports.values()
-  assert list(reports) == ["diff_attention_decode"] and report.num_hgmma > 0
-  assert report.spilled_bytes == 0 and not report.serialized, report
-  assert report.smem_bytes <= mosaic_gpu.MAX_SMEM_BYTES, report
 
 
 @pytest.mark.parametrize(

@@ -140,30 +140,10 @@ def test_no_races_in_decoding(interpreter):
     jax.block_until_ready(jax.jit(functools.partial(gpu_decode.decode, norm_eps=1e-6))(**inputs))
 
 
-def program(head_dim, value_dim, per_token):
-  """What `test_machine_code` compiles, in a process of its own."""
-  head_dim, value_dim, batch, length, heads = int(head_dim), int(value_dim), 4, 4096, 8
-  of = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
-  queries, values = of(batch, length, heads, head_dim), of(batch, length, heads, value_dim)
-  state = of(batch, heads, head_dim, value_dim, dtype=jnp.float32)
-  decay_shape = (batch, length, heads) if per_token == "True" else (heads,)
-
-  def both(*args):
-    *args, dout, dstate = args
-    out, vjp = jax.vjp(gpu.chunkwise, *args)
-    grads = vjp((dout, dstate))
-    return out, grads if per_token == "True" else grads[:3]
-
-  log_decay = of(*decay_shape, dtype=jnp.float32)
-  return both, (queries, queries, values, log_decay, state, values, state)
-
-
-@pytest.mark.parametrize("head_dim,value_dim,per_token", [(256, 512, False), (256, 256, True)])
-def test_machine_code(head_dim, value_dim, per_token):
+@pytest.mark.parametrize("head_dim,value_dim,more", [(256, 512, ""), (256, 256, "_gated")])
+def test_machine_code(head_dim, value_dim, more):
   """No register is spilled, and no matrix product waits for one."""
-  reports = gpu_compile.compile_for_h100(
-    __file__, "program", str(head_dim), str(value_dim), str(per_token)
-  )
+  reports = gpu_compile.compile_for_h100(f"retention/{head_dim}x{value_dim}{more}")
   assert sorted(reports) == sorted(f"retention_chunkwise_{name}" for name in KERNELS)
   for name, report in reports.items():
     assert report.spilled_bytes == 0 and not report.serialized, (name, report)
@@ -175,31 +155,16 @@ def test_machine_code(head_dim, value_dim, per_token):
     assert report.num_hgmma == 3 * tile.rows // 16 + 4, (name, report)
 
 
-def transformed_program():
-  """Decoding, and a gradient under `vmap`, remat and `shard_map`."""
-  of = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
-  q, v, log_decay = of(3, 2, 70, 2, 64), of(3, 2, 70, 2, 64), of(3, 2, 70, 2, dtype=jnp.float32)
-  token, state = of(8, 4, 256), of(8, 4, 256, 512, dtype=jnp.float32)
-  rows = jax.sharding.PartitionSpec(None, "data")
-
-  @functools.partial(jax.shard_map, in_specs=rows, out_specs=rows)
-  def gradients(*args):
-    op = jax.vmap(jax.checkpoint(lambda *args: gpu.chunkwise(*args)[0]))
-    out, vjp = jax.vjp(op, *args)
-    return vjp(out)
-
-  def both(chunk, token):
-    return gradients(*chunk), gpu_decode.decode(*token, norm_eps=1e-6)
-
-  values = of(8, 4, 512)
-  return both, ((q, q, v, log_decay), (token, token, values, of(4), state, values))
-
-
 def test_machine_code_under_transformations():
-  reports = gpu_compile.compile_for_h100(__file__, "transformed_program")
-  names = {f"retention_chunkwise_{name}" for name in KERNELS} | {"retention_decode"}
-  assert set(reports) == names
+  reports = gpu_compile.compile_for_h100("retention/64x64_transformed")
+  assert set(reports) == {f"retention_chunkwise_{name}" for name in KERNELS}
   assert all(report.spilled_bytes == 0 for report in reports.values()), reports
+
+
+def test_machine_code_of_decoding():
+  reports = gpu_compile.compile_for_h100("retention_decode/256x512")
+  assert list(reports) == ["retention_decode"]
+  assert reports["retention_decode"].spilled_bytes == 0, reports
 
 
 @pytest.mark.parametrize(
