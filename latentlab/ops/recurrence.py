@@ -149,10 +149,10 @@ def wkv(
     v = jnp.where(valid[..., None], v, 0)
   exponent = jax.lax.stop_gradient(_running_maximum(step, k, state.exponent, starts))
   before = jnp.concatenate([state.exponent[:, None], exponent[:, :-1]], axis=1)
+  if starts is not None:
+    before = jnp.where(starts[..., None], _NOTHING, before)  # Which forgets the state.
   forget = jnp.exp(before + step - exponent)
   weight = jnp.exp(k - exponent)
-  if starts is not None:
-    forget = jnp.where(starts[..., None], 0, forget)
   if valid is not None:
     weight = jnp.where(valid[..., None], weight, 0)  # A row of padding alone has no maximum.
 
@@ -161,11 +161,8 @@ def wkv(
   forget = jnp.broadcast_to(forget[..., None], pair.shape)
   pairs = linear_recurrence(forget, pair, first, scan=scan)
 
-  # The output takes the state before its token, which at a document's start is none.
+  # The output takes the state before its token.
   past = jnp.concatenate([first[:, None], pairs[:, :-1]], axis=1)
-  if starts is not None:
-    past = jnp.where(starts[..., None, None], 0, past)
-    before = jnp.where(starts[..., None], _NOTHING, before)
   top = jax.lax.stop_gradient(jnp.maximum(before, k + bonus))
   old, new = jnp.exp(before - top), jnp.exp(k + bonus - top)
   out = (old * past[..., 0] + new * v) / (old * past[..., 1] + new)
