@@ -1,4 +1,4 @@
-"""Weights of other libraries' models, in and out.
+"""Weights of other libraries' models, in and out, and the states of ours.
 
 An importer is `(state, fields) -> Imported`: what a file holds, and fields of `config.model` that
 it does not tell; the next one is a line of `IMPORTERS`.
@@ -6,6 +6,7 @@ it does not tell; the next one is a line of `IMPORTERS`.
 
 from latentlab.interop import torchscale
 from latentlab.interop.files import read, write
+from latentlab.interop.states import load_state, save_state
 from latentlab.interop.weights import Entry, Imported, StateDict, export_weights, import_weights
 
 IMPORTERS = {"torchscale": torchscale.import_model}
@@ -19,7 +20,9 @@ __all__ = [
   "StateDict",
   "export_weights",
   "import_weights",
+  "load_state",
   "read",
+  "save_state",
   "torchscale",
   "write",
 ]

@@ -16,6 +16,7 @@ MODELS = {
   "linear_transformer": (baselines.linear_transformer, baselines.LINEAR_PRESETS),
   "retnet": (retnet.retnet, retnet.PRESETS),
   "rwkv": (baselines.rwkv, baselines.PRESETS),
+  "torchscale_retnet": (retnet.torchscale_retnet, retnet.TORCHSCALE_PRESETS),
   "transformer": (transformer.transformer, transformer.PRESETS),
 }
 

@@ -4,6 +4,7 @@ Body parameters are `12 L d^2` as a Transformer's: retention has `8 d^2` (querie
 each; values, gate and output `2 d^2` each), the feed-forward `4 d^2` at width `2 d` (section 3.1).
 """
 
+import functools
 from typing import Any
 
 from latentlab.layers import FeedForwardConfig, PositionConfig, RetentionConfig
@@ -11,45 +12,12 @@ from latentlab.layers.positions import split_scheme
 from latentlab.models.language_model import LanguageModelConfig, stack
 
 # Heads are 256 wide in every size (table 2 and section 3.1); 13b is of the cost runs only.
-_PAPER = {
+PRESETS = {
   "200m": dict(num_layers=16, embed_dim=1024, num_heads=4),
   "1b3": dict(num_layers=24, embed_dim=2048, num_heads=8),
   "2b7": dict(num_layers=32, embed_dim=2560, num_heads=10),
   "6b7": dict(num_layers=32, embed_dim=4096, num_heads=16),
   "13b": dict(num_layers=40, embed_dim=5120, num_heads=20),
-}
-
-# Sizes of the original release: layers, width, width of all values and of the feed-forward.
-_TORCHSCALE = {
-  "base": (6, 512, 864),
-  "medium": (16, 1024, 1728),
-  "xl": (24, 2048, 3456),
-  "3b": (32, 2560, 4280),
-  "7b": (32, 4096, 6912),
-  "13b": (40, 5120, 8560),
-  "65b": (64, 8192, 13824),
-}
-
-TORCHSCALE = dict(
-  feed_forward="swiglu",
-  float32_activation=True,
-  norm="rms",
-  decay="pow2",
-  head_norm="rms",
-  scale_embeddings=True,
-)
-"""What that release's language models have besides sizes."""
-
-PRESETS = _PAPER | {
-  f"torchscale_{name}": dict(
-    num_layers=num_layers,
-    embed_dim=embed_dim,
-    num_heads=embed_dim // 256,
-    value_factor=width / embed_dim,
-    mlp_dim=width,
-    **TORCHSCALE,
-  )
-  for name, (num_layers, embed_dim, width) in _TORCHSCALE.items()
 }
 
 
@@ -59,7 +27,7 @@ def retnet(
   num_heads: int,
   num_kv_heads: int | None = None,
   head_dim: int | None = None,
-  value_factor: float = 2.0,
+  value_factor: float | None = None,
   mlp_dim: int | None = None,
   feed_forward: str = "gelu",
   float32_activation: bool = False,
@@ -79,6 +47,7 @@ def retnet(
   chunk_size: int | None = None,
   implementation: str | None = None,
   init: str = "retnet",
+  scale_embeddings: bool = False,
   **options: Any,
 ) -> LanguageModelConfig:
   """A RetNet language model.
@@ -88,7 +57,7 @@ def retnet(
     num_heads: Retention heads.
     num_kv_heads: Key and value heads; `num_heads` if `None`.
     head_dim: Query and key head size; `embed_dim / num_heads` if `None`.
-    value_factor: Value head size over query head size.
+    value_factor: Value head size over query head size; 2 if `None` (section 3.1).
     mlp_dim: Feed-forward width; if `None`, what makes a body of `12 d^2` a layer (`2 D` with a gate
       and twice as wide values).
     feed_forward: `gelu`, `relu`, `swiglu` or `geglu`.
@@ -109,6 +78,7 @@ def retnet(
     chunk_size: Chunk length asked of the op.
     implementation: Implementation of the op.
     init: Initialisation scheme; `deepnorm` goes with `residual="deepnorm"`.
+    scale_embeddings: Whether embeddings are multiplied by `sqrt(D)`.
     **options: Of `language_model.stack`, `vocab_size` and `num_layers` among them.
 
   Raises:
@@ -118,7 +88,7 @@ def retnet(
     if embed_dim % num_heads:
       raise ValueError(f"{embed_dim=} is no multiple of {num_heads=}; give head_dim")
     head_dim = embed_dim // num_heads
-  value_head_dim = round(value_factor * head_dim)
+  value_head_dim = round((2 if value_factor is None else value_factor) * head_dim)
   if mlp_dim is None:
     wide = 3 if gate else 2
     mixer_params = embed_dim * (
@@ -154,5 +124,40 @@ def retnet(
     norm=norm,
     positions=on_embedding,
     init=init,
+    scale_embeddings=scale_embeddings,
     **options,
   )
+
+
+TORCHSCALE = dict(
+  feed_forward="swiglu",
+  float32_activation=True,
+  norm="rms",
+  decay="pow2",
+  head_norm="rms",
+  scale_embeddings=True,
+)
+"""What the language models of the original release, torchscale, have."""
+
+torchscale_retnet = functools.partial(retnet, **TORCHSCALE)
+"""`retnet` with that release's choices as defaults."""
+
+TORCHSCALE_PRESETS = {
+  name: dict(
+    num_layers=num_layers,
+    embed_dim=embed_dim,
+    num_heads=embed_dim // 256,
+    value_factor=width / embed_dim,
+    mlp_dim=width,
+  )
+  # One width for all values and for the feed-forward, about 27/16 of the model's.
+  for name, num_layers, embed_dim, width in (
+    ("base", 6, 512, 864),
+    ("medium", 16, 1024, 1728),
+    ("xl", 24, 2048, 3456),
+    ("3b", 32, 2560, 4280),
+    ("7b", 32, 4096, 6912),
+    ("13b", 40, 5120, 8560),
+    ("65b", 64, 8192, 13824),
+  )
+}
