@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import nbformat
 import pytest
 
 _COLAB = pathlib.Path(__file__).parent.parent / "colab"
+_NOTEBOOKS = sorted(_COLAB.glob("*.ipynb"))
 
 
 @pytest.fixture
@@ -60,13 +62,31 @@ def test_length_extrapolation_evaluates_by_length_and_writes_on(execute, tmp_pat
     assert (tmp_path / "run" / row / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
+def test_retnet_has_one_function_and_a_state_of_one_size(execute):
+  notebook = execute("retnet.ipynb")  # Which asserts what it says.
+  assert len(_pictures(notebook)) == 3
+  printed = "".join(_printed(cell) for cell in notebook.cells if cell.cell_type == "code")
+  assert printed.count("differs from parallel") == 4
+  (equal,) = re.findall(r"at 512 tokens: ([\d,]+) and ([\d,]+) bytes", printed)
+  state, keys = (int(x.replace(",", "")) for x in equal)
+  assert state == pytest.approx(keys, rel=0.01)  # Positions and lengths aside.
+
+
+def test_every_notebook_is_run_here():
+  source = pathlib.Path(__file__).read_text()
+  for path in _NOTEBOOKS:
+    assert f'execute("{path.name}")' in source, f"no test runs {path.name}"
+
+
 def test_committed_notebooks_hold_no_outputs():
-  for path in _COLAB.glob("*.ipynb"):
+  for path in _NOTEBOOKS:
     cells = nbformat.read(path, as_version=4).cells
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells), path
 
 
-def test_first_cell_clones_where_there_is_no_checkout(tmp_path, monkeypatch):
+@pytest.mark.parametrize("path", _NOTEBOOKS, ids=lambda path: path.stem)
+def test_first_cell_clones_where_there_is_no_checkout(path, tmp_path, monkeypatch):
   origin = tmp_path / "origin"
   (origin / "latentlab").mkdir(parents=True)
   (origin / "latentlab" / "__init__.py").touch()
@@ -86,7 +106,7 @@ def test_first_cell_clones_where_there_is_no_checkout(tmp_path, monkeypatch):
   elsewhere = tmp_path / "elsewhere"
   elsewhere.mkdir()
   monkeypatch.chdir(elsewhere)
-  cells = nbformat.read(_COLAB / "quickstart.ipynb", as_version=4).cells
+  cells = nbformat.read(path, as_version=4).cells
   exec(next(cell.source for cell in cells if cell.cell_type == "code"), {})
   assert (elsewhere / "latentlab-checkout" / "latentlab" / "__init__.py").exists()
   assert pathlib.Path.cwd() == elsewhere / "latentlab-checkout"
