@@ -28,6 +28,13 @@ REFUSED = {
   ("retention", "alibi"): "ALiBi biases a softmax score; retention has none, and decays by itself",
   ("retention", "xpos"): "retention collapsed xPos's decay to one scalar a head; both would decay "
   "twice: use rope",
+  ("linear_attention", "alibi"): "ALiBi biases a softmax score; linear attention has none",
+  ("linear_attention", "xpos"): "xPos's decay would weigh the numerator alone: use rope",
+}
+REFUSED |= {
+  (mixer, scheme): f"{name} makes no products of positions' queries and keys for it to turn or bias"
+  for mixer, name in (("rwkv", "RWKV"), ("h3", "H3"), ("hyena", "Hyena"))
+  for scheme in ("rope", "xpos", "alibi")
 }
 """Pairs (mixer, position scheme) that mean nothing, and why. All others compose."""
 

@@ -6,7 +6,7 @@ A head's state space is a filter of time that all pairs of its key and value fea
 
 so that, with `F_ts = filter_{t-s}`, it is `(Q K^T * F) V` within a chunk, as retention's parallel
 form is with its decay, and a state `S_m = sum_s lambda_m^{t-s} k_s^T v_s` for each mode across
-chunks. Complex numbers are pairs of real ones in here: a state has `2 M` real modes.
+chunks. Complex numbers are pairs of real ones in here: a state has `X = 2 M` real modes.
 """
 
 import functools
@@ -90,11 +90,11 @@ def state_space_attention(
   modes: Modes,
   skip: Float[Array, " N"],
   *,
-  initial_state: Float[Array, "B N 2*M H V"] | None = None,
+  initial_state: Float[Array, "B N X H V"] | None = None,
   lengths: Int[Array, " B"] | None = None,
   segment_ids: Int[Array, "B T"] | None = None,
   chunk_size: int = 128,
-) -> tuple[Float[Array, "B T N V"], Float[Array, "B N 2*M H V"]]:
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B N X H V"]]:
   """`o_t = q_t . (skip k_t v_t^T + sum_{s<=t} filter_{t-s} k_s v_s^T)`, chunk by chunk.
 
   Args:
