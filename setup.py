@@ -20,6 +20,9 @@ _EXTRAS = {
   "logging": ["tensorboardX>=2.6.2,<3"],
   "notebooks": ["ipykernel>=6.29,<8", "jupyterlab>=4.3,<5"],
 }
+# What tests/parity compares with; and torchscale 0.3.0, which pins old fairscale and timm, needed
+# for nothing here: `pip install --no-deps torchscale==0.3.0`.
+_EXTRAS["parity"] = ["torch==2.13.*", "transformers>=5.20,<6"]
 _EXTRAS["test"] = [
   "beartype>=0.20,<1",
   "hypothesis>=6.100,<7",
