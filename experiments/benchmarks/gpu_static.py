@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
   versions, wrong = _versions(), []
   for name in chosen:
     rows = []
-    for kernel, report in gpu_compile.compile_for_h100(name).items():
+    for kernel, report in gpu_compile.compile_for_h100(name, timeout=1800).items():
       row = dict(case=name, kernel=kernel) | dataclasses.asdict(report)
       print("  ".join(f"{k}={v}" for k, v in row.items()), flush=True)
       rows.append(row | versions)
