@@ -56,7 +56,7 @@ def _one_pass(model, params, tokens, positions=None, segment_ids=None):
 
 
 @ALL
-def test_prefill_and_decode_equal_one_pass_at_every_split(key, name):
+def test_retnet_04_prefill_and_decode_equal_one_pass_at_every_split(key, name):
   """All splits in one ragged batch, so a prompt's padding is not seen either."""
   model, params = _model(name)
   length = 11
@@ -107,7 +107,7 @@ def test_forked_and_reordered_rows_go_on_as_their_source(key, name):
 
 
 @ALL
-def test_the_future_changes_no_bit_of_the_past(key, name):
+def test_retnet_05_the_future_changes_no_bit_of_the_past(key, name):
   """Through head norms, feed-forwards and all: bit for bit, and in the gradient too."""
   model, params = _model(name)
   tokens = _tokens(key)
@@ -173,7 +173,7 @@ def test_losses_and_their_gradients_equal_those_of_the_logits(key, name):
     )
 
 
-def test_decode_memory_is_constant_for_retnet_and_linear_for_the_transformer():
+def test_retnet_12_decode_memory_is_constant_for_retnet_and_linear_for_the_transformer():
   size = lambda name, length: init_cache(_model(name)[0].config, 2, length).num_bytes
   assert size("retnet", 64) == size("retnet", 4096)
   # 2 layers, 2 rows, k and v of 2 heads of 8 in float32, and a position.
@@ -199,7 +199,7 @@ def test_positions_beyond_the_learned_ones_are_not_clipped_in_silence(key):
   "preset, body",
   [("200m", 201e6), ("1b3", 1.21e9), ("2b7", 2.52e9), ("6b7", 6.44e9), ("13b", 12.6e9)],
 )
-def test_preset_bodies_have_the_papers_sizes(preset, body):
+def test_retnet_10_preset_bodies_have_the_papers_sizes(preset, body):
   counts = {
     name: num_params(build_config(dict(name=name, preset=preset), vocab_size=1000))
     for name in ("transformer", "retnet")
@@ -226,7 +226,7 @@ def test_removing_the_gate_reverts_to_the_transformers_split():
 @pytest.mark.parametrize(
   "fields, message",
   [
-    (dict(name="lstm"), r"choose one of \['retnet', 'transformer'\]"),
+    (dict(name="lstm"), r"choose one of \['h3', 'hyena', 'linear_transformer', 'retnet', 'rwkv'"),
     (dict(name="retnet", preset="9b"), "unknown config.model.preset='9b'"),
     (dict(name="retnet", preset="1b3", num_head=3), "num_heads"),
     (dict(name="transformer", num_layers=2), r"lacks \['embed_dim', 'num_heads'\]"),
