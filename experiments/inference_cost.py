@@ -16,9 +16,24 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from absl import flags
+from flax import linen as nn
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
 
 from latentlab import app
+from latentlab.layers.cache import KVCache, RetentionState
+from latentlab.models import (
+  LanguageModel,
+  LanguageModelConfig,
+  build_config,
+  decode_step,
+  init_cache,
+  unstack,
+)
+from latentlab.train import partition
 
 _PRESET = flags.DEFINE_string("preset", "6b7", "Size of both models, a preset of theirs.")
 _MODELS = flags.DEFINE_list("models", ["retnet", "transformer"], "Models.")
@@ -65,18 +80,13 @@ _WITHOUT_TPU = dict(
 )
 
 
-def model_config(model: str, preset: str, vocab_size: int, dtype: str):
-  """The model as decoding has it, a stage per layer."""
-  import jax
-
-  from latentlab.models import build_config, unstack
-  from latentlab.models.language_model import LanguageModel
-
-  config = build_config(dict(name=model, preset=preset, dtype=dtype), vocab_size)
+def model_config(section: Mapping[str, Any], vocab_size: int) -> LanguageModelConfig:
+  """The model of a config's `model` section as decoding has it, a stage per layer."""
+  config = build_config(section, vocab_size)
   unstacked = []
 
   def record(key):
-    params = LanguageModel(config).init(key, jax.numpy.zeros((1, 1), "int32"))["params"]
+    params = LanguageModel(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
     new, params = unstack(config, params)
     unstacked.append(new)
     return params
@@ -86,7 +96,7 @@ def model_config(model: str, preset: str, vocab_size: int, dtype: str):
 
 
 def decode_bytes(
-  config: Any, batch_size: int, length: int, topology: str | None, num_chips: int
+  config: LanguageModelConfig, batch_size: int, length: int, topology: str | None, num_chips: int
 ) -> dict[str, Any]:
   """Compiles one decoding step from shapes, and returns the bytes that each chip holds.
 
@@ -97,15 +107,6 @@ def decode_bytes(
     topology: Of TPUs; the CPU if `None`.
     num_chips: Chips that heads are split over.
   """
-  import jax
-  import jax.numpy as jnp
-  from flax import linen as nn
-  from jax.experimental import topologies
-
-  from latentlab.layers.cache import KVCache, RetentionState
-  from latentlab.models import LanguageModel, decode_step, init_cache
-  from latentlab.train import partition
-
   devices = jax.devices("cpu")
   if topology is not None:
     devices = topologies.get_topology_desc(topology, platform="tpu").devices
@@ -114,7 +115,6 @@ def decode_bytes(
   )
   rules = partition.make_rules()
   model, dtype = LanguageModel(config), config.decoder.dtype
-  spec = jax.sharding.PartitionSpec
   tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
   boxed = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
   shapes = nn.unbox(boxed)  # Under rules, unboxing would ask for a layout.
@@ -132,12 +132,12 @@ def decode_bytes(
         parts = [None] * x.ndim
         if axis is not None:
           parts[axis] = "tensor"
-        layout = jax.sharding.NamedSharding(mesh, spec(*parts))
+        layout = NamedSharding(mesh, PartitionSpec(*parts))
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)
 
       return jax.tree_util.tree_map_with_path(place, cache)
 
-    whole = jax.sharding.NamedSharding(mesh, spec())
+    whole = NamedSharding(mesh, PartitionSpec())
     cache = jax.eval_shape(lambda: init_cache(config, batch_size, length))
     cache = cache.replace(
       lengths=jax.ShapeDtypeStruct(cache.lengths.shape, jnp.int32, sharding=whole),
@@ -264,8 +264,6 @@ def main() -> None:
   for flag in (_LENGTHS, _BATCHES):
     if not all(x.isdigit() and int(x) > 0 for x in flag.value) or not flag.value:
       raise ValueError(f"--{flag.name}={','.join(flag.value)}: give positive numbers")
-  import jax
-
   jax.config.update("jax_platforms", "cpu")
   output = pathlib.Path(_OUTPUT.value)
   path = output.with_suffix(".json")
@@ -279,7 +277,8 @@ def main() -> None:
     name = f"{model}_{target}_b{batch}_t{length}"
     if name not in found:
       topology, chips, dtype = TARGETS[target]
-      config = model_config(model, _PRESET.value, _VOCAB_SIZE.value, dtype)
+      section = dict(name=model, preset=_PRESET.value, dtype=dtype)
+      config = model_config(section, _VOCAB_SIZE.value)
       where = dict(model=model, target=target, batch_size=batch, length=length, dtype=dtype)
       found[name] = where | decode_bytes(config, batch, length, topology, chips)
       found[name]["versions"] = dict(jax=jax.__version__)
