@@ -5,6 +5,7 @@ A RetNet's state has the same few megabytes behind any prompt; a Transformer's f
 
 import functools
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +78,7 @@ def load_state(
   return logits, jax.tree.unflatten(jax.tree.structure(target), leaves)
 
 
-def _flatten(cache: DecoderCache) -> dict[str, Array]:
+def _flatten(cache: DecoderCache) -> dict[str, Any]:
   return {
     jax.tree_util.keystr(path, simple=True, separator="/"): leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(cache)

@@ -87,8 +87,10 @@ class Attention(nn.Module):
     c = self.config
     q = heads_projection(self.shared, c.num_heads, c.head_dim, name="q_proj")(x)
     k, v = (
-      heads_projection(self.shared, c.kv_heads, c.head_dim, heads_axis="kv_heads", name=name)(x)
-      for name in ("k_proj", "v_proj")
+      heads_projection(
+        self.shared, c.kv_heads, c.head_dim, heads_axis="kv_heads", role=role, name=name
+      )(x)
+      for name, role in (("k_proj", "mixer_in"), ("v_proj", "mixer_value"))
     )
     q, k = c.positions.rotate(q, k * c.head_dim**-0.5, context.positions)
     q = nn.with_logical_constraint(q, ("act_batch", "act_length", "act_heads", None))

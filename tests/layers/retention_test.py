@@ -217,11 +217,12 @@ def test_decoding_ends_in_its_kernel_as_one_pass_does(key, gate, head_norm, dtyp
   shared = dataclasses.replace(SHARED, dtype=jnp.dtype(dtype))
   x = jax.random.normal(key, (2, 5, 16))
   params = _params(config, key, x)
-  run = jax.jit(
-    lambda x, cache, start: config.module(shared, name="mixer").apply(
-      {"params": params}, x, Context(start + jnp.arange(x.shape[1])[None]), cache
-    )
-  )
+
+  def apply(x, cache, start):
+    context = Context(start + jnp.arange(x.shape[1])[None])
+    return config.module(shared, name="mixer").apply({"params": params}, x, context, cache)
+
+  run = jax.jit(apply)
   want, _ = run(x, None, 0)
   _, cache = run(x[:, :4], config.init_cache(2, 0, dtype), 0)
   got, _ = run(x[:, 4:], cache, 4)
@@ -232,7 +233,7 @@ def test_decoding_ends_in_its_kernel_as_one_pass_does(key, gate, head_norm, dtyp
   real = ops.retention_decode
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(ops, "retention_decode", lambda *a, **k: calls.append(k) or real(*a, **k))
-    jax.eval_shape(run.__wrapped__, x[:, 4:], cache, 4)
+    jax.eval_shape(lambda x: apply(x, cache, 4), x[:, 4:])  # Traced anew.
   assert (calls[0]["gate"] is not None) == gate
   assert calls[0]["norm_eps"] == (1e-2 if head_norm == "rms" else None)
 

@@ -67,7 +67,7 @@ def _unsharded(per_token, padded, packed):
   ],
   ids=str,
 )
-def test_sharded_equals_unsharded(mesh, spec, per_token, padded, packed):
+def test_retnet_11_sharded_equals_unsharded(mesh, spec, per_token, padded, packed):
   args, options, want = _unsharded(per_token, padded, packed)
   with jax.set_mesh(mesh):
     got = _outputs_and_grads(spec, **options)(*args)
@@ -123,7 +123,7 @@ def test_rejects_layouts_that_do_not_fit(mesh, spec, match):
     ops.retention(*_inputs()[:4], spec=spec)
 
 
-def test_decay_rates():
+def test_retnet_10_decay_rates():
   pow2 = np.asarray(ops.log_decay_rates(32), np.float64)
   np.testing.assert_allclose(1 - np.exp(pow2[:8]), 2.0 ** -np.arange(5, 13), rtol=1e-4)
   assert (pow2 < 0).all()  # Float32's 1 - 2^-k is 1 from head 20 on.
@@ -147,7 +147,7 @@ def test_decay_scale_is_the_norm_of_a_row_of_decays():
   np.testing.assert_allclose(ops.decay_scale(jnp.asarray(positions), log_decay)[0], want, rtol=1e-5)
 
 
-def test_a_column_of_ones_makes_the_papers_normaliser():
+def test_retnet_07_a_column_of_ones_makes_the_papers_normaliser():
   """Section 2.2's three steps, in full, are a division by `max(|q z|, s)`."""
   rng = np.random.default_rng(0)
   q, k, v = (rng.normal(size=(1, 9, 2, d)) for d in (4, 4, 6))

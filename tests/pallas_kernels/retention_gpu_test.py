@@ -35,7 +35,7 @@ class TestChunkwise(RetentionSuite):
     gpu_compile.require_interpreter()
 
   @pytest.mark.parametrize("per_token", [False, True])
-  def test_bfloat16(self, per_token):
+  def test_retnet_08_bfloat16(self, per_token):
     self.check(self.case(3 * self.chunk + 12, decays="slow", per_token=per_token))
 
 

@@ -165,7 +165,7 @@ class RetentionSuite:
       assert relative_error(a, b) <= bound, name
 
   @pytest.mark.parametrize("chunks,more", [(0, 1), (0, 7), (1, 0), (1, 1), (3, 5)])
-  def test_any_length(self, chunks, more):
+  def test_retnet_01_any_length(self, chunks, more):
     self.check(self.case(chunks * self.chunk + more))
 
   def test_shares_key_heads_in_consecutive_groups(self):
@@ -175,7 +175,7 @@ class RetentionSuite:
     self.check(self.case(2 * self.chunk + 5, kv_heads=1, per_token=True))
 
   @pytest.mark.parametrize("per_token", [False, True])
-  def test_decay_extremes(self, per_token):
+  def test_retnet_03_decay_extremes(self, per_token):
     case = self.case(2 * self.chunk + 5, heads=6, kv_heads=6, decays="extreme", per_token=per_token)
     self.check(case)
 
@@ -190,7 +190,7 @@ class RetentionSuite:
     self.check(self.case(length, per_token=per_token, padded=padded, packed=packed, kv_heads=1))
 
   @pytest.mark.parametrize("per_token", [False, True])
-  def test_bfloat16(self, per_token):
+  def test_retnet_08_bfloat16(self, per_token):
     length = 3 * self.chunk + 12
     case = self.case(length, decays="slow", per_token=per_token, dtype="bfloat16")
     self.check(dataclasses.replace(case, head_dim=60, value_dim=24))
@@ -210,7 +210,7 @@ class RetentionSuite:
     for name, a, b in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
       assert relative_error(a, b) <= self.tolerance[case.dtype], name
 
-  def test_padding_is_as_if_absent(self):
+  def test_retnet_05_padding_is_as_if_absent(self):
     """A padded row ends in the state of the row cut short, even where the padding holds NaN."""
     case = self.case(self.chunk + 9)
     end = self.chunk - 3
@@ -231,7 +231,7 @@ class RetentionSuite:
     for name, grad in zip(("dk", "dv"), grads[1:3], strict=True):
       assert not np.asarray(grad[:, end:], np.float32).any(), name
 
-  def test_documents_are_isolated(self):
+  def test_retnet_05_documents_are_isolated(self):
     """Each document is as if alone, bit for bit, whatever the others hold."""
     case = self.case(self.chunk + 9)
     args = case.args()
@@ -245,7 +245,7 @@ class RetentionSuite:
     np.testing.assert_array_equal(state, other_state)
     assert (out[:, :cut] != other_out[:, :cut]).any()
 
-  def test_is_causal_bit_for_bit(self):
+  def test_retnet_05_is_causal_bit_for_bit(self):
     case = self.case(self.chunk + 9)
     q, k, v, log_decay, _ = case.args()
     at = self.chunk - 3
@@ -254,7 +254,7 @@ class RetentionSuite:
     assert (changed[:, :at] == out[:, :at]).all()
     assert (changed[:, at:] != out[:, at:]).any(axis=(0, 2, 3)).all()
 
-  def test_a_sequence_may_be_split_anywhere(self):
+  def test_retnet_04_a_sequence_may_be_split_anywhere(self):
     case = self.case(2 * self.chunk + 5)
     args = case.args()
     want = jax.jit(self.op())(*args)

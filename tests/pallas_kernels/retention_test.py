@@ -75,7 +75,7 @@ def _float64(args):
 
 
 @pytest.mark.parametrize("per_token", [False, True])
-def test_equals_the_equation_in_float64(per_token):
+def test_retnet_01_equals_the_equation_in_float64(per_token):
   lengths = np.array([7, 4])
   segment_ids = np.array([[0] * 3 + [1] * 2 + [0] * 3, [5] * 6 + [6] * 2])
   args = _inputs(2, 8, 2, 1, 3, 4, per_token)
@@ -91,7 +91,7 @@ def test_equals_the_equation_in_float64(per_token):
       _assert_close(_outputs_and_grads(op, args), want, 1e-12)
 
 
-def test_chunk_size_changes_nothing():
+def test_retnet_02_chunk_size_changes_nothing():
   args = _inputs(2, 37, 3, 3, 5, 7)
   want = _outputs_and_grads(_op("xla"), args)
   for chunk in (1, 5, 37):
@@ -99,7 +99,7 @@ def test_chunk_size_changes_nothing():
 
 
 @pytest.mark.parametrize("per_token", [False, True])
-def test_prefill_then_decode_equals_one_pass_at_any_split(per_token):
+def test_retnet_04_prefill_then_decode_equals_one_pass_at_any_split(per_token):
   """Rows of different lengths, each continuing from its own end."""
   q, k, v, log_decay, state = _inputs(2, 10, 4, 2, 3, 5, per_token)
   want, want_state = retention(q, k, v, log_decay, initial_state=state, implementation="recurrent")
@@ -126,7 +126,7 @@ def test_prefill_then_decode_equals_one_pass_at_any_split(per_token):
   assert len(traces) == 1  # A constant state: nothing recompiles as the text grows.
 
 
-def test_long_run_stays_finite_and_bounded():
+def test_retnet_09_long_run_stays_finite_and_bounded():
   q, k, v, _, _ = _inputs(1, 32768, 2, 2, 2, 3)
   gammas = np.array([0.5, 511 / 512])
   run = lambda name: jax.jit(functools.partial(retention, implementation=name))(

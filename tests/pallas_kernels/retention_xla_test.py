@@ -10,7 +10,7 @@ class TestChunkwise(RetentionSuite):
   implementation = "xla"
 
   @pytest.mark.parametrize("length,chunk", [(2, 16), (15, 16), (13, 1), (65, 64), (12, None)])
-  def test_any_chunk_size(self, length, chunk):
+  def test_retnet_01_any_chunk_size(self, length, chunk):
     self.chunk = chunk
     self.check(self.case(length))
 
