@@ -265,7 +265,7 @@ def collect(
     for column in table.metrics
   }
   missing = [cell.name for cell in cells if cell not in found]
-  text = _text(table, selected, columns, scale, command, missing, len({c.seed for c in cells}))
+  text = _text(table, selected, columns, scale, command, missing, len({c.seed for c in found}))
   base_run = selected[table.base].run
   data = dict(
     title=table.title,
