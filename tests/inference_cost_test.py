@@ -70,7 +70,9 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     num_params=5,
     ours=dict(decode_step_ms=2.0, decode_tokens_per_second=dict(best=4.0), cache_bytes=3),
   )
-  slower = times | dict(ours=times["ours"] | dict(decode_step_ms=5.0))
+  slow = times["ours"] | dict(decode_step_ms=7.0)
+  slower = times | dict(ours=slow, peer=slow | dict(decode_step_ms=5.0))  # The faster one counts.
+  times["peer"] = slow
   cases = dict(cases=dict(retnet_a_b1_t9=times, transformer_a_b1_t9=slower))
   (tmp_path / "times.json").write_text(json.dumps(cases))
   if not flags.FLAGS.is_parsed():

@@ -116,7 +116,17 @@ class KVCache(Cache):
     if lengths is None:
       lengths = jnp.full((batch_size,), num_tokens, jnp.int32)
     slots = self._slots(jnp.arange(num_tokens), lengths[:, None])
-    write = lambda old, new: old.at[rows, slots].set(new.astype(old.dtype), mode="drop")
+    single = slots.size == 1
+
+    def write(old, new):
+      new = new.astype(old.dtype)
+      if not single:
+        return old.at[rows, slots].set(new, mode="drop")
+      # A single write becomes a slice's update, around which XLA's CPU backend copies whole caches
+      # in every step of a loop; the same one twice stays a scatter, in place.
+      twice = lambda x: jnp.concatenate([x, x], axis=1)
+      return old.at[twice(rows), twice(slots)].set(twice(new), mode="drop")
+
     return dataclasses.replace(
       self,
       k=write(self.k, k),
