@@ -41,7 +41,9 @@ def read(path: str | pathlib.Path) -> StateDict:
   return {name: np.array(x, np.float32) for name, x in state.items()}
 
 
-def write(path: str | pathlib.Path, state: StateDict, metadata: Mapping[str, str] | None = None):
+def write(
+  path: str | pathlib.Path, state: StateDict, metadata: Mapping[str, str] | None = None
+) -> None:
   """Writes named tensors to a `.safetensors` file."""
   from safetensors.numpy import save_file
 
