@@ -1,6 +1,6 @@
 """One file per paper: presets of the one decoder, and what is truly that paper's own."""
 
-from latentlab.models import retnet, transformer
+from latentlab.models import baselines, retnet, transformer
 from latentlab.models.language_model import (
   LanguageModel,
   LanguageModelConfig,
@@ -18,6 +18,7 @@ __all__ = [
   "LanguageModel",
   "LanguageModelConfig",
   "Output",
+  "baselines",
   "build_config",
   "decode_step",
   "flops_per_token",
