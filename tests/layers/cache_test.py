@@ -19,7 +19,9 @@ def _decoder_cache(key):
   kv, *_ = _kv(key)
   state = RetentionState(state=jax.random.normal(key, (3, 2, 4, 6)), z=None)
   stack = lambda c: jax.tree.map(lambda x: jnp.stack([x, x + 1]), c)
-  return DecoderCache(lengths=jnp.array([2, 3, 5]), stages=((stack(kv), stack(state)),), stacked=(True,))
+  return DecoderCache(
+    lengths=jnp.array([2, 3, 5]), stages=((stack(kv), stack(state)),), stacked=(True,)
+  )
 
 
 def test_append_writes_behind_each_row(key):
