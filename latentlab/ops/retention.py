@@ -14,7 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from latentlab.ops.mesh import axes_size, axes_to_map, check_sizes, map_parts
+from latentlab.ops.mesh import (
+  axes_size,
+  axes_to_map,
+  check_sizes,
+  map_parts,
+  repeat_key_heads,
+)
 from latentlab.typing import Array, Float, Int
 from pallas_kernels.retention import DecodeImplementation, Implementation
 from pallas_kernels.retention import retention as kernel
@@ -50,7 +56,7 @@ def retention(
     implementation: See there.
     spec: Layout of a `B T N H` array over the ambient mesh. Axes that are manual already (inside
       `pmap` or `shard_map`) are left out; with one device left, or no mesh, the call is the plain
-      one.
+      one. Key heads that its devices do not divide are repeated.
 
   Returns:
     The outputs, and the state after the last valid token, replicated over the sequence's axes.
@@ -73,7 +79,8 @@ def retention(
   axes = axes_to_map(spec)
   if axes is None:
     return kernel(**args, **options)
-  check_sizes(dict(B=q.shape[0], T=q.shape[1], N=q.shape[2], K=k.shape[2]), axes)
+  check_sizes(dict(B=q.shape[0], T=q.shape[1], N=q.shape[2]), axes)
+  args["k"], args["v"] = repeat_key_heads(axes, k, v)
 
   b, t, n = (names or None for names in axes)
   tokens, state = PartitionSpec(b, t, n, None), PartitionSpec(b, n, None, None)
@@ -134,7 +141,8 @@ def retention_decode(
   axes = axes_to_map(spec)
   if axes is None:
     return decode_kernel(**args, **options)
-  check_sizes(dict(B=q.shape[0], N=q.shape[1], K=k.shape[1]), axes)
+  check_sizes(dict(B=q.shape[0], N=q.shape[1]), axes)
+  args["k"], args["v"] = (x[:, 0] for x in repeat_key_heads(axes, k[:, None], v[:, None]))
 
   b, _, n = (names or None for names in axes)
   token, whole = PartitionSpec(b, n, None), PartitionSpec(b, n, None, None)

@@ -62,6 +62,7 @@ def _unsharded(per_token, padded, packed):
     (P("data", "seq", "tensor"), False, False, False),
     (P("data", "seq", "tensor"), False, True, True),
     (P(None, "seq"), True, True, True),
+    (P(None, "seq", ("data", "tensor")), False, True, True),  # More devices than key heads.
     (P(None, ("data", "tensor", "seq")), False, True, True),
     (P(None, ("data", "tensor", "seq")), True, False, False),
   ],
@@ -110,7 +111,6 @@ def test_manual_axes_are_left_to_their_owner(mesh):
   "spec,match",
   [
     (P(None, None, ("data", "tensor", "seq")), r"N=4 .*tensor"),
-    (P(None, None, ("data", "tensor")), r"K=2 .*tensor"),
     (P(("data", "seq")), r"B=2 .*seq"),
     (P("model"), r"model"),
     (P(None, None, None, "data"), r"H stays whole"),
