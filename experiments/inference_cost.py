@@ -36,12 +36,14 @@ from latentlab.models import (
 from latentlab.train import partition
 
 _PRESET = flags.DEFINE_string("preset", "6b7", "Size of both models, a preset of theirs.")
-_MODELS = flags.DEFINE_list("models", ["retnet", "transformer"], "Models.")
+_MODELS = flags.DEFINE_list("cost_models", ["retnet", "transformer"], "Models.")
 _TARGETS = flags.DEFINE_list(
   "targets", ["cpu", "v5p", "v5e_x4"], "Chips to compile for; _x4 splits heads over four of them."
 )
-_LENGTHS = flags.DEFINE_list("lengths", ["2048", "4096", "8192"], "Tokens remembered of each row.")
-_BATCHES = flags.DEFINE_list("batches", ["8"], "Rows.")
+_LENGTHS = flags.DEFINE_list(
+  "cost_lengths", ["2048", "4096", "8192"], "Tokens remembered of each row."
+)
+_BATCHES = flags.DEFINE_list("cost_batches", ["8"], "Rows.")
 _VOCAB_SIZE = flags.DEFINE_integer(
   "vocab_size", 32768, "Tokens of the vocabulary, which the paper does not tell.", lower_bound=1
 )
@@ -50,7 +52,9 @@ _TIMES = flags.DEFINE_string(
   "times", "experiments/results/benchmarks/inference_cpu.json", "Measured times; '' for none."
 )
 _OUTPUT = flags.DEFINE_string(
-  "output", "experiments/results/retnet/figure6_inference", "Figures' file, without its ending."
+  "cost_output",
+  "experiments/results/retnet/figure6_inference",
+  "Figures' file, without its ending.",
 )
 _FLAGS = (
   *(_PRESET, _MODELS, _TARGETS, _LENGTHS, _BATCHES, _VOCAB_SIZE, _OVERWRITE, _TIMES, _OUTPUT),

@@ -77,8 +77,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
   (tmp_path / "times.json").write_text(json.dumps(cases))
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
-  values = dict(preset="small", targets=["cpu"], lengths=["8", "512"], batches=["2"])
-  values |= dict(vocab_size=64, times=f"{tmp_path}/times.json", output=f"{tmp_path}/out/fig")
+  values = dict(preset="small", targets=["cpu"], cost_lengths=["8", "512"], cost_batches=["2"])
+  values |= dict(vocab_size=64, times=f"{tmp_path}/times.json", cost_output=f"{tmp_path}/out/fig")
   with flagsaver.flagsaver(**values):
     inference_cost.main()
     once = capsys.readouterr().out
@@ -98,7 +98,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
   "change, message",
   [
-    (dict(lengths=["none"]), "--lengths=none: give positive numbers"),
+    (dict(cost_lengths=["none"]), "--cost_lengths=none: give positive numbers"),
     (dict(targets=["tpu"]), "unknown .'tpu'.; choose among .'cpu'"),
   ],
 )

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from pallas_kernels.common import vary_alike
+from pallas_kernels.common import target_platform, vary_alike
 from pallas_kernels.visibility import (
   HIDDEN,
   MaskOptions,
@@ -145,4 +145,7 @@ def _scores(options, q, k, visibility, start, keys):
 
 
 def _contract(equation: str, x: Array, y: Array) -> Array:
-  return jnp.einsum(equation, x, y, preferred_element_type=softmax_dtype(x.dtype))
+  dtype = softmax_dtype(x.dtype)
+  if target_platform() == "cpu":  # Its compiler lacks some products of bfloat16 into float32.
+    x, y = x.astype(dtype), y.astype(dtype)
+  return jnp.einsum(equation, x, y, preferred_element_type=dtype)

@@ -179,7 +179,7 @@ def test_another_mask_for_one_evaluation(data, task):
     ),
     (dict(model=dict(num_layers=2)), "model={'num_layers': 2} changes parameters"),
     (dict(model=dict(max_length=8)), "model={'max_length': 8} changes parameters"),
-    (dict(model=dict(mask="sliding_window")), "evals.x: "),
+    (dict(model=dict(mask="sliding_window", mask_size=0)), "evals.x: "),
     (dict(seq_length=24), "seq_length=24 .* longer than the 16"),
     (dict(seq_length=8, document_length=12), "document_length=12 must be a multiple"),
     (dict(seq_length=8, score_last=9), "score_last=9"),
