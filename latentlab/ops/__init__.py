@@ -8,6 +8,7 @@ from latentlab.ops.attention import (
   tree_mask,
   windowed_attention,
 )
+from latentlab.ops.attention_maps import AttentionMaps, attention_maps
 from latentlab.ops.attention_resolution import (
   Distances,
   attention_resolution,
@@ -28,11 +29,14 @@ from latentlab.ops.positions import (
 )
 from latentlab.ops.recurrence import WkvState, linear_recurrence, wkv
 from latentlab.ops.retention import decay_scale, log_decay_rates, retention, retention_decode
+from latentlab.ops.sequence import Gathered, gather_sequence
 from latentlab.ops.state_space import Modes, discretise, state_space_attention
 from latentlab.ops.torchscale import chunkwise_row_scale, parallel_row_scale
 
 __all__ = [
+  "AttentionMaps",
   "Distances",
+  "Gathered",
   "Mask",
   "Modes",
   "WkvState",
@@ -40,6 +44,7 @@ __all__ = [
   "apply_rope",
   "apply_xpos",
   "attention",
+  "attention_maps",
   "attention_resolution",
   "chunkwise_row_scale",
   "cross_entropy",
@@ -49,6 +54,7 @@ __all__ = [
   "discretise",
   "document_positions",
   "flash_attention",
+  "gather_sequence",
   "linear_recurrence",
   "log_decay_rates",
   "long_convolution",

@@ -10,6 +10,7 @@ fall, so that no length overflows, and keys in a cache are merely rotated and st
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -19,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from latentlab.ops.mesh import axes_to_map, check_sizes, map_parts, repeat_key_heads
+from latentlab.ops.mesh import axes_to_map
 from latentlab.ops.positions import document_positions
+from latentlab.ops.sequence import Gathered, attend
 from latentlab.typing import Array, Bool, DTypeLike, Float, Int, Shaped
 from pallas_kernels.common import target_platform
 from pallas_kernels.flash_attention import Implementation
@@ -153,16 +155,16 @@ def attention(
       return _by_tiles(lambda start, rows: attention(**rows, **keys, **rest), rows, tile)
     q, k = _scale(q, k, positions, kv_positions, decay)
   distance = positions[:, :, None] - kv_positions[:, None, :]
-
-  visible = mask(positions[:, :, None], kv_positions[:, None, :])  # B T S
-  if segment_ids is not None:
-    visible &= segment_ids[:, :, None] == kv_segment_ids[:, None, :]
-  if kv_valid is not None:
-    visible &= kv_valid[:, None, :]
-  if allowed is not None:
-    visible &= allowed
-  if key_bias is not None:
-    visible &= key_bias[:, None, :] > -jnp.inf
+  visible = visible_keys(
+    mask,
+    positions,
+    kv_positions,
+    segment_ids=segment_ids,
+    kv_segment_ids=kv_segment_ids,
+    kv_valid=kv_valid,
+    allowed=allowed,
+    key_bias=key_bias,
+  )
   visible = visible[:, None, None]
 
   # Heads before length: plain batched products, and rows of scores that lie together in memory.
@@ -194,6 +196,30 @@ def attention(
     return out
   lse = jnp.where(seen[..., 0], jax.nn.logsumexp(scores, axis=-1), -jnp.inf)
   return out, lse.reshape(batch, heads, length).swapaxes(1, 2)
+
+
+def visible_keys(
+  mask: Mask,
+  positions: Int[Array, "#B T"],
+  kv_positions: Int[Array, "#B S"],
+  *,
+  segment_ids: Int[Array, "B T"] | None,
+  kv_segment_ids: Int[Array, "B S"] | None,
+  kv_valid: Bool[Array, "B S"] | None,
+  allowed: Bool[Array, "#B T S"] | None,
+  key_bias: Float[Array, "#B S"] | None,
+) -> Bool[Array, "#B T S"]:
+  """Which keys a query sees under all conditions of `attention`."""
+  visible = mask(positions[:, :, None], kv_positions[:, None, :])
+  if segment_ids is not None:
+    visible &= segment_ids[:, :, None] == kv_segment_ids[:, None, :]
+  if kv_valid is not None:
+    visible &= kv_valid[:, None, :]
+  if allowed is not None:
+    visible &= allowed
+  if key_bias is not None:
+    visible &= key_bias[:, None, :] > -jnp.inf
+  return visible
 
 
 def _scores_at_once(
@@ -393,6 +419,34 @@ def _scale(
   return scale(q, positions - center), scale(k, center - jnp.minimum(kv_positions, last))
 
 
+def decayed(
+  product: Callable[[Array, Array], Array],
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B S K H"],
+  positions: Int[Array, "#B T"],
+  kv_positions: Int[Array, "#B S"],
+  decay: Float[np.ndarray, "H"],
+  *,
+  axis: int,
+) -> Array:
+  """`product(q, k)` of queries and keys with xPos's scales, tile by tile.
+
+  Args:
+    product: Of them.
+    q: Queries.
+    k: Keys.
+    positions: Of the queries.
+    kv_positions: Of the keys.
+    decay: See `attention`.
+    axis: Of the queries in what `product` returns.
+  """
+  parts = []
+  for start in range(0, q.shape[1], tile := _tile(decay, q.dtype)):
+    rows = slice(start, start + tile)
+    parts.append(product(*_scale(q[:, rows], k, positions[:, rows], kv_positions, decay)))
+  return jnp.concatenate(parts, axis=axis)
+
+
 def _tile(decay: Float[np.ndarray, "H"], dtype: DTypeLike) -> int:
   """Positions that a tile of queries may span.
 
@@ -416,15 +470,15 @@ def _by_tiles(attend: Callable, rows: dict[str, Array | None], tile: int):
 
 def flash_attention(
   q: Float[Array, "B T N H"],
-  k: Float[Array, "B S K H"],
-  v: Float[Array, "B S K V"],
+  k: Float[Array, "B S K H"] | Gathered,
+  v: Float[Array, "B S K V"] | Gathered,
   *,
   scale: float = 1.0,
   causal: bool = True,
   window: int | None = None,
   q_offset: int | Int[Array, ""] | Int[Array, "B"] = 0,
   segment_ids: Int[Array, "B T"] | None = None,
-  kv_segment_ids: Int[Array, "B S"] | None = None,
+  kv_segment_ids: Int[Array, "B S"] | Gathered | None = None,
   lengths: Int[Array, "B"] | None = None,
   return_lse: bool = False,
   implementation: Implementation | Sequence[Implementation] | None = None,
@@ -432,18 +486,19 @@ def flash_attention(
 ) -> Float[Array, "B T N V"] | tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
   """`pallas_kernels.flash_attention`, which see, run on each device's part of the arrays.
 
-  Where the length is sharded, queries stay where they are and every device gathers the keys.
+  Where the length is sharded, queries stay where they are, and `latentlab.ops.sequence` has their
+  keys: gathered before, gathered here, or a window of them passed on by the devices before.
 
   Args:
     q: See `pallas_kernels.flash_attention`.
-    k: See there.
-    v: See there.
+    k: See there; or as `gather_sequence` made them.
+    v: See there; or with `k`.
     scale: See there.
     causal: See there.
     window: See there.
     q_offset: See there.
     segment_ids: See there.
-    kv_segment_ids: See there.
+    kv_segment_ids: See there; or with `k`.
     lengths: See there.
     return_lse: See there.
     implementation: See there.
@@ -451,7 +506,8 @@ def flash_attention(
       that its devices do not divide are repeated.
 
   Raises:
-    ValueError: The spec shards `H`, or names axes that the mesh lacks or that do not divide.
+    ValueError: The spec shards `H`, or names axes that the mesh lacks or that do not divide; or
+      keys were gathered by another layout.
   """
   options = dict(scale=scale, causal=causal, window=window, return_lse=return_lse)
   options |= dict(implementation=implementation)
@@ -459,29 +515,17 @@ def flash_attention(
   args |= dict(segment_ids=segment_ids, kv_segment_ids=kv_segment_ids)
   args = {name: x for name, x in args.items() if x is not None}
   axes = axes_to_map(spec)
-  if axes is None:
-    return kernel(**args, **options, q_offset=q_offset)
-  if not isinstance(q_offset, int):
-    args["q_offset"] = jnp.broadcast_to(q_offset, q.shape[:1])
-  if "segment_ids" in args:
-    args.setdefault("kv_segment_ids", segment_ids)
-  check_sizes(dict(B=q.shape[0], T=q.shape[1], N=q.shape[2]), axes)
-  args["k"], args["v"] = repeat_key_heads(axes, k, v)
-
-  b, t, n = (names or None for names in axes)
-  specs = dict.fromkeys(("k", "v"), PartitionSpec(b, None, n, None))
-  specs |= dict(q=PartitionSpec(b, t, n, None), lengths=PartitionSpec(b))
-  specs |= dict(q_offset=PartitionSpec(b))
-  specs |= dict(segment_ids=PartitionSpec(b, t), kv_segment_ids=PartitionSpec(b, None))
-
-  def local(args):
-    offset = args.pop("q_offset", q_offset)
-    if axes[1]:
-      offset = offset + jax.lax.axis_index(axes[1]) * args["q"].shape[1]
-    return kernel(**args, **options, q_offset=offset)
-
-  out = specs["q"]
-  return map_parts(local, args, specs, (out, PartitionSpec(b, t, n)) if return_lse else out)
+  b, t, n = (names or None for names in axes or ((),) * 3)
+  out = PartitionSpec(b, t, n)
+  return attend(
+    functools.partial(kernel, **options),
+    args,
+    {},
+    (out, out) if return_lse else out,
+    q_offset=q_offset,
+    window=window,
+    axes=axes,
+  )
 
 
 def tree_mask(parents: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
