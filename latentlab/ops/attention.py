@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec
 
 from latentlab.ops.mesh import axes_to_map
 from latentlab.ops.positions import document_positions
-from latentlab.ops.sequence import Gathered, attend
+from latentlab.ops.sequence import Gathered, map_attention
 from latentlab.typing import Array, Bool, DTypeLike, Float, Int, Shaped
 from pallas_kernels.common import target_platform
 from pallas_kernels.flash_attention import Implementation
@@ -517,7 +517,7 @@ def flash_attention(
   axes = axes_to_map(spec)
   b, t, n = (names or None for names in axes or ((),) * 3)
   out = PartitionSpec(b, t, n)
-  return attend(
+  return map_attention(
     functools.partial(kernel, **options),
     args,
     {},

@@ -1,16 +1,16 @@
 """Differential attention under a mesh (https://arxiv.org/abs/2410.05258).
 
-Batch and heads are sharded as they are. Along a sharded sequence keys and values are gathered and
-queries stay: a device's queries are those of its positions.
+Batch and heads are sharded as they are; along a sharded sequence queries stay where they are, and
+`latentlab.ops.sequence` has their keys.
 """
 
+import functools
 from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from latentlab.ops.mesh import axes_to_map, check_sizes, map_parts, repeat_key_heads
+from latentlab.ops.sequence import Gathered, map_attention
 from latentlab.typing import Array, Float, Int
 from pallas_kernels.diff_attention import Implementation
 from pallas_kernels.diff_attention import diff_attention as kernel
@@ -21,8 +21,8 @@ __all__ = ["diff_attention", "diff_attention_decode"]
 
 def diff_attention(
   q: Float[Array, "B T N 2 H"],
-  k: Float[Array, "B S K 2 H"] | Float[Array, "B S K H"],
-  v: Float[Array, "B S K V"],
+  k: Float[Array, "B S K 2 H"] | Float[Array, "B S K H"] | Gathered,
+  v: Float[Array, "B S K V"] | Gathered,
   lam: Float[Array, ""] | Float[Array, "N"] | Float[Array, "B T N"],
   *,
   scale: float = 1.0,
@@ -30,7 +30,7 @@ def diff_attention(
   window: int | None = None,
   q_offset: int | Int[Array, ""] | Int[Array, "B"] = 0,
   segment_ids: Int[Array, "B T"] | None = None,
-  kv_segment_ids: Int[Array, "B S"] | None = None,
+  kv_segment_ids: Int[Array, "B S"] | Gathered | None = None,
   lengths: Int[Array, "B"] | None = None,
   gain: Float[Array, "V"] | None = None,
   eps: float | None = None,
@@ -43,15 +43,15 @@ def diff_attention(
 
   Args:
     q: See `pallas_kernels.diff_attention.diff_attention`.
-    k: See there.
-    v: See there.
+    k: See there; or as `gather_sequence` made them.
+    v: See there; or with `k`.
     lam: See there.
     scale: See there.
     causal: See there.
     window: See there.
     q_offset: See there.
     segment_ids: See there.
-    kv_segment_ids: See there.
+    kv_segment_ids: See there; or with `k`.
     lengths: See there.
     gain: See there.
     eps: See there.
@@ -67,7 +67,7 @@ def diff_attention(
 
   Raises:
     ValueError: The spec shards `V`, or names axes that the mesh lacks, that do not divide, or that
-      shard the sequence in another order than the mesh's.
+      shard the sequence in another order than the mesh's; or keys were gathered by another layout.
   """
   options = dict(
     scale=scale,
@@ -90,40 +90,20 @@ def diff_attention(
   )
   args = {name: x for name, x in arrays.items() if x is not None}
   axes = axes_to_map(spec)
-  if axes is None:
-    return kernel(**args, q_offset=q_offset, **options)
-  check_sizes(dict(B=q.shape[0], T=q.shape[1], N=q.shape[2]), axes)
-  check_sizes(dict(T=v.shape[1]), axes)
-  args["k"], args["v"] = repeat_key_heads(axes, k, v)
-  if segment_ids is not None and kv_segment_ids is None and q.shape[1] == v.shape[1]:
-    args["kv_segment_ids"] = segment_ids
-  if not isinstance(q_offset, int):
-    args["q_offset"] = jnp.broadcast_to(q_offset, q.shape[0])
-
-  b, t, n = (names or None for names in axes)
+  b, t, n = (names or None for names in axes or ((),) * 3)
   tokens = PartitionSpec(b, t, n)
-  specs = dict(
-    q=tokens,
-    k=tokens,
-    v=tokens,
-    lam=(PartitionSpec(), PartitionSpec(n), None, tokens)[lam.ndim],
-    segment_ids=PartitionSpec(b, t),
-    kv_segment_ids=PartitionSpec(b, t),
-    lengths=PartitionSpec(b),
-    gain=PartitionSpec(),
-    q_offset=PartitionSpec(b),
+  return map_attention(
+    functools.partial(kernel, **options),
+    args,
+    dict(
+      lam=(PartitionSpec(), PartitionSpec(n), None, tokens)[lam.ndim],
+      gain=PartitionSpec(),
+    ),
+    (tokens, tokens) if return_lse else tokens,
+    q_offset=q_offset,
+    window=window,
+    axes=axes,
   )
-
-  def local(args):
-    offset = args.pop("q_offset", q_offset)
-    if axes[1]:
-      for name in ("k", "v", "kv_segment_ids"):
-        if name in args:
-          args[name] = jax.lax.all_gather(args[name], axes[1], axis=1, tiled=True)
-      offset = offset + jax.lax.axis_index(axes[1]) * args["q"].shape[1]
-    return kernel(**args, q_offset=offset, **options)
-
-  return map_parts(local, args, specs, (tokens, tokens) if return_lse else tokens)
 
 
 def diff_attention_decode(
