@@ -51,7 +51,7 @@ def language_model(*, seed: int = 0) -> ml_collections.ConfigDict:
   """Defaults of a language model's training run.
 
   Fields that no code reads cannot be added, so that a misspelt one is an error. Open are `task`,
-  `evals` and `expected`.
+  `data.task_options`, `evals` and `expected`.
   """
   c = ml_collections.ConfigDict()
   c.seed = seed
@@ -62,6 +62,7 @@ def language_model(*, seed: int = 0) -> ml_collections.ConfigDict:
     path="",
     include=("*",),
     task="copy",
+    task_options=ml_collections.ConfigDict(),
     tokenizer="bytes",
     vocab_size=0,
     seq_length=256,
@@ -105,7 +106,7 @@ def language_model(*, seed: int = 0) -> ml_collections.ConfigDict:
   c.sample = dict(prompt="", num_tokens=0, temperature=0.8, top_p=0.95)
   c.expected = ml_collections.ConfigDict()
   c.lock()
-  for section in (c.task, c.evals, c.expected):
+  for section in (c.task, c.data.task_options, c.evals, c.expected):
     section.unlock()
   return c
 

@@ -142,17 +142,17 @@ class Windows:
 class Task:
   """A synthetic task; row `i` depends on `stream` and `i` alone."""
 
-  name: str
+  task: synthetic.Task
   tokenizer: tokenizers.Tokenizer
   seq_length: int
   stream: int
   num_rows: int
 
   def __post_init__(self):
-    if self.seq_length < synthetic.SHORTEST:
+    if self.seq_length < self.task.shortest:
       raise ValueError(
-        f"data.seq_length={self.seq_length} is too short for a synthetic task; it "
-        f"needs at least {synthetic.SHORTEST}."
+        f"data.seq_length={self.seq_length} is too short for {self.task}; it needs at least "
+        f"{self.task.shortest}."
       )
 
   def order(self, indices: np.ndarray, seed: int) -> np.ndarray:
@@ -167,7 +167,7 @@ class Task:
       if index >= self.num_rows:
         continue
       rng = np.random.default_rng((self.stream, index))
-      symbols, asked = synthetic.TASKS[self.name](rng, self.seq_length)
+      symbols, asked = self.task(rng, self.seq_length)
       ids[j, 1 : len(symbols) + 1] = symbols
       answers[j, 1 : len(symbols) + 1] = asked
       lengths[j] = len(symbols)
@@ -285,6 +285,10 @@ class Data:
     whole = dataclasses.replace(self.config, tokenizer="bytes", vocab_size=0, max_train_bytes=0)
     return build(whole, batch_size=1).raw_bytes("train")
 
+  def split_tokens(self, split: str) -> np.ndarray:
+    """The tokens of a split, documents in order, each behind its `<bos>`."""
+    return self._windows(self._split(split), "tokens of its own").tokens
+
   def seen_bytes(self, num_batches: int, seed: int) -> bytes:
     """The raw bytes that the first `num_batches` of `train_iterator(seed)` showed, each once."""
     windows = self._windows(self.training)
@@ -355,8 +359,7 @@ def build(
 
 
 def _synthetic(config: DataConfig, *place: int) -> Data:
-  if config.task not in synthetic.TASKS:
-    raise ValueError(f"data.task={config.task!r} is unknown; choose from {list(synthetic.TASKS)}.")
+  task = synthetic.make(config.task, config.task_options)
   if config.tokenizer not in ("", "bytes") or config.vocab_size not in (
     0,
     tokenizers.ByteTokenizer.vocab_size,
@@ -367,9 +370,10 @@ def _synthetic(config: DataConfig, *place: int) -> Data:
       " and 0."
     )
   tokenizer = tokenizers.ByteTokenizer()
-  make = functools.partial(Task, config.task, tokenizer, config.seq_length)
+  make = functools.partial(Task, task, tokenizer, config.seq_length)
   splits = {"train": make(stream=0, num_rows=1024), "validation": make(stream=1, num_rows=1024)}
-  summary = {"corpus": config.task, "tokenizer": tokenizer.kind, "vocab_size": tokenizer.vocab_size}
+  summary = {"corpus": config.task, "options": dataclasses.asdict(task)}
+  summary |= {"tokenizer": tokenizer.kind, "vocab_size": tokenizer.vocab_size}
   training = make(stream=0, num_rows=sys.maxsize)
   return Data(config, tokenizer, splits, training, *place, summary=summary)
 

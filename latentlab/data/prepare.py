@@ -12,7 +12,8 @@ import logging
 import os
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import tqdm
 
@@ -37,6 +38,7 @@ class DataConfig:
       the embedded corpus.
     include: Patterns of file names to use in a folder.
     task: The synthetic task.
+    task_options: Fields of that task's class in `data/synthetic.py`: `dict(num_needles=6)`, say.
     tokenizer: "bytes"; "chars", the characters of all splits; "bpe", trained on the training split;
       or the path of a tokenizer's json. Empty accepts whichever a token file was made with.
     vocab_size: Of "bpe"; elsewhere 0, or what the tokenizer has.
@@ -53,6 +55,7 @@ class DataConfig:
   path: str = ""
   include: Sequence[str] = ("*",)
   task: str = "copy"
+  task_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   tokenizer: str = "bytes"
   vocab_size: int = 0
   seq_length: int = 256
@@ -76,6 +79,11 @@ class DataConfig:
       raise ValueError(
         f"data.path={self.path!r} has no meaning with data.source='synthetic'; "
         "leave one of them out."
+      )
+    if self.source != "synthetic" and self.task_options:
+      raise ValueError(
+        f"data.task_options={dict(self.task_options)} are of a synthetic task, and "
+        f"data.source={self.source!r}; leave them out, or use data.source='synthetic'."
       )
 
   @classmethod
