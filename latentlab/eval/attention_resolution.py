@@ -8,7 +8,7 @@ import numpy as np
 
 from latentlab import ops
 from latentlab.data import Data
-from latentlab.eval.perplexity import add_sums
+from latentlab.eval.common import add_sums
 from latentlab.layers import AttentionConfig
 from latentlab.typing import Array, Params
 

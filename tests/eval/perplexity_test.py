@@ -91,6 +91,56 @@ def test_matches_the_definition(data, params):
     assert got[name] == pytest.approx(value, rel=1e-5), name
 
 
+@pytest.mark.parametrize("order", [2, 3])
+def test_splits_the_loss_by_recall(data, params, order):
+  task = types.SimpleNamespace(model=_Bigram())
+  sizes = dict(seq_length=2 * LENGTH)
+  got = dict(perplexity.Evaluator(task, data, _compile, recall_order=order, **sizes).run(params))
+  plain = dict(perplexity.Evaluator(task, data, _compile, **sizes).run(params))
+  parts = {"recall": [], "other": []}
+  for batch in data.eval_batches("validation", **sizes):
+    losses = _Bigram().apply(
+      {"params": params},
+      batch["inputs"],
+      batch["targets"],
+      batch["positions"],
+      method="token_losses",
+    )
+    for row, t in zip(*np.nonzero(batch["weights"]), strict=True):
+      tokens = [*batch["inputs"][row, : t + 1], batch["targets"][row, t]]
+      tokens = tokens[t - batch["positions"][row, t] :]  # From the document's first.
+      grams = [tuple(tokens[i : i + order]) for i in range(len(tokens) - order + 1)]
+      part = "recall" if grams and grams[-1] in grams[:-1] else "other"
+      parts[part].append(float(losses[row, t]))
+  share = len(parts["recall"]) / sum(map(len, parts.values()))
+  assert 0 < share < 0.9
+  assert got["recall_share"] == pytest.approx(share)
+  for part, losses in parts.items():
+    assert got[f"{part}_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+  names = ("recall_share", "recall_loss", "other_loss")
+  assert {k: v for k, v in got.items() if k not in names} == plain
+
+
+@pytest.mark.parametrize("num_buckets", [5, LENGTH, 3 * LENGTH])
+def test_buckets_of_positions_tile_the_window(data, params, num_buckets):
+  """A curve of loss against position has each position once, whatever the number of points."""
+  task = types.SimpleNamespace(model=_Bigram())
+  got = dict(perplexity.Evaluator(task, data, _compile, num_buckets=num_buckets).run(params))
+  names = [name.split("_")[1:] for name in got if name.startswith("position_")]
+  covered = [p for first, last in names for p in range(int(first), int(last) + 1)]
+  assert covered == list(range(LENGTH)) and len(names) == min(num_buckets, LENGTH)
+  batches = [jax.tree.map(np.asarray, batch) for batch in data.eval_batches("validation")]
+  for first, last in names:
+    counts = losses = 0.0
+    for batch in batches:
+      inside = (batch["positions"] >= int(first)) & (batch["positions"] <= int(last))
+      weights = batch["weights"] * inside
+      args = (batch["inputs"], batch["targets"], batch["positions"])
+      nll = _Bigram().apply({"params": params}, *args, method="token_losses")
+      losses, counts = losses + float((nll * weights).sum()), counts + weights.sum()
+    assert got[f"position_{first}_{last}"] == pytest.approx(losses / counts, rel=1e-5)
+
+
 def test_uniform_predictions_cost_the_log_of_the_vocabulary(data, params):
   evaluator = perplexity.Evaluator(
     types.SimpleNamespace(model=_Bigram()), data, _compile, max_batches=1
@@ -211,10 +261,11 @@ def test_runner_names_what_it_measures(data, params):
     ),
     (dict(type="perplexity", every_steps=1, split="test"), "split='test'"),
     (dict(type="perplexity", every_steps=1, num_buckets=0), "num_buckets=0"),
+    (dict(type="perplexity", every_steps=1, recall_order=1), "recall_order=1 .* at least 2"),
     (dict(type="perplexity", every_steps=1, max_batches=-1), "max_batches=-1"),
     (dict(type="perplexity", every_steps=1, seq_length=25), "seq_length=25 .* longer than the 24"),
   ],
-  ids=["type", "period", "field", "split", "buckets", "batches", "length"],
+  ids=["type", "period", "field", "split", "buckets", "recall", "batches", "length"],
 )
 def test_bad_sections(data, section, message):
   with pytest.raises(ValueError, match=message):

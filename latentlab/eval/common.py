@@ -1,0 +1,57 @@
+"""What evaluators share: the model they measure, batches of rows made on purpose, sums."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from latentlab.data import Data
+
+
+def pick_model(task: Any, fields: Mapping[str, Any] | None, length: int, what: str) -> Any:
+  """The task's model, or the one that differs from it in `fields` of `config.model`.
+
+  Args:
+    task: Its `model` is trained; with `fields`, it has a method `variant`.
+    fields: What differs in an evaluation alone.
+    length: Tokens that the evaluation shows at once.
+    what: The evaluation, as an error calls it.
+
+  Raises:
+    ValueError: the model has no vectors for so many positions, or other fields than `fields`.
+  """
+  model = task.variant(fields) if fields else task.model
+  limit = model.config.context_limit
+  if limit is not None and length > limit:
+    raise ValueError(
+      f"seq_length={length} of {what} is longer than the {limit} positions that config.model has "
+      "vectors for; shorten it."
+    )
+  return model
+
+
+def row_batches(rows: Mapping[str, np.ndarray], data: Data) -> Iterator[dict[str, np.ndarray]]:
+  """Cuts rows, the same on every process, into this process's parts of batches of one size.
+
+  Rows of zeros fill the last batch. What a compiled function returns for the rows of a batch is
+  therefore in the rows' order.
+  """
+  (count,) = {len(x) for x in rows.values()}
+  size = data.batch_size // data.process_count
+  for begin in range(
+    data.process_index * size, -(-count // data.batch_size) * data.batch_size, data.batch_size
+  ):
+    parts = {name: x[begin : begin + size] for name, x in rows.items()}
+    yield {
+      name: np.concatenate([x, np.zeros((size - len(x), *x.shape[1:]), x.dtype)])
+      for name, x in parts.items()
+    }
+
+
+def add_sums(totals: Any, sums: Any) -> Any:
+  """Adds a batch's sums, a tree of arrays, in float64; `None` is nothing yet."""
+  if sums is None:
+    return totals
+  sums = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(sums))
+  return sums if totals is None else jax.tree.map(np.add, totals, sums)
