@@ -1,8 +1,9 @@
 """Keys and values for softmax attention along a sequence that devices share.
 
 Queries stay where they are. Their keys come in one of three ways: gathered once for many layers
-(chunk parallelism, YOCO, https://arxiv.org/abs/2405.05254, appendix A), gathered by the call, or,
-of a sliding window, from the devices just before.
+(chunk parallelism, YOCO, https://arxiv.org/abs/2405.05254, appendix A); of a sliding window, from
+as many of the devices before as it reaches; or gathered by the call, where there is no window or it
+reaches over all devices.
 """
 
 from collections.abc import Callable
@@ -141,9 +142,10 @@ def map_attention(
     args.setdefault("kv_segment_ids", args["segment_ids"])
   keys = {name: args[name] for name in ("k", "v", "kv_segment_ids") if name in args}
   gathered = any(isinstance(x, Gathered) for x in keys.values())
-  in_place = isinstance(q_offset, int) and q_offset == 0 and length == kv_length and not gathered
-  reach = None if window is None or not in_place else window - 1
-  from_neighbours = reach is not None and 0 <= reach <= length - length // devices
+  in_place = isinstance(q_offset, int) and q_offset == 0 and length == kv_length
+  reach = None  # Of a window, as far as devices before have it.
+  if window is not None and devices > 1 and in_place and not gathered:
+    reach = window - 1 if 0 < window <= 1 + length - length // devices else None
   if not isinstance(q_offset, int):
     args["q_offset"] = jnp.broadcast_to(q_offset, batch)
 
@@ -159,17 +161,17 @@ def map_attention(
       specs[name] = PartitionSpec(*specs[name], n)
 
   def local(args):
+    if reach is not None:
+      return kernel(**_with_neighbours(args, axes[1], reach), q_offset=reach)
     offset = args.pop("q_offset", q_offset)
-    if devices == 1 or not from_neighbours:
-      for name in keys:
-        if isinstance(args[name], Gathered):
-          args[name] = args[name].copies[0]
-        elif devices > 1 and split:
-          args[name] = jax.lax.all_gather(args[name], axes[1], axis=1, tiled=True)
-      if devices > 1:
-        offset = offset + jax.lax.axis_index(axes[1]) * args["q"].shape[1]
-      return kernel(**args, q_offset=offset)
-    return kernel(**_with_neighbours(args, axes[1], reach), q_offset=reach)
+    for name in keys:
+      if isinstance(args[name], Gathered):
+        args[name] = args[name].copies[0]
+      elif devices > 1 and split:
+        args[name] = jax.lax.all_gather(args[name], axes[1], axis=1, tiled=True)
+    if devices > 1:
+      offset = offset + jax.lax.axis_index(axes[1]) * args["q"].shape[1]
+    return kernel(**args, q_offset=offset)
 
   return map_parts(local, args, specs, out_specs)
 

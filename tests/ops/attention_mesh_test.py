@@ -177,16 +177,25 @@ def test_layers_that_gather_for_themselves(mesh):
   assert count == [2 * LAYERS] * 2
 
 
-@pytest.mark.parametrize("op", ["flash", "diff"])
-def test_yoco_09_windows_are_passed_on(mesh, op):
-  spec = P("data", "seq", "tensor")
+@pytest.mark.parametrize(
+  "op,spec,sizes",
+  [
+    ("flash", P("data", "seq", "tensor"), {6}),  # Of the 12 keys of a device.
+    ("flash", P(None, ("data", "tensor", "seq")), {2, 3}),  # Of 3: those of one device and more.
+    ("diff", P("data", "seq", "tensor"), {6}),
+  ],
+  ids=str,
+)
+def test_yoco_09_windows_are_passed_on(mesh, op, spec, sizes):
+  window = sum(sizes) + 1
   with jax.set_mesh(mesh):
-    program = functools.partial(_lowered, mesh, op, spec, scan=False, window=7)
+    program = functools.partial(_lowered, mesh, op, spec, scan=False, window=window)
     texts = [program(backward=x).compile().as_text() for x in (False, True)]
-  assert [set(_collectives(x)) for x in texts] == [{"collective-permute"}] * 2
-  assert "all-gather" not in texts[1] and "reduce-scatter" not in texts[1]
-  passed = re.findall(r"= f32\[([\d,]+)\]\S* collective-permute\(", texts[1])
-  assert passed and {x.split(",")[1] for x in passed} == {"6"}  # Of the 12 keys of a device.
+  for text in texts:
+    assert "all-gather" not in text and "reduce-scatter" not in text
+    assert set(_collectives(text)) == {"collective-permute"}
+    passed = re.findall(r"= f32\[\d+,(\d+),[\d,]+\]\S* collective-permute\(", text)
+    assert {int(x) for x in passed} == sizes
 
 
 @pytest.mark.parametrize("gather,kv_length", [(True, 32), (False, 32), (False, 29)])
