@@ -120,6 +120,14 @@ def model(name: str, **values: Any) -> ml_collections.ConfigDict:
   return section
 
 
+SMOKE_EVALS = {
+  "attention_mass": dict(num_samples=2),
+  "many_shot": dict(num_samples=1, num_permutations=2, num_queries=2),
+  "needles": dict(num_samples=2),
+}
+"""What is small about evaluations that read no split; of the others, two batches."""
+
+
 def smoke(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   """Shrinks a run to one that trains in seconds on a CPU, whatever its table is."""
   sizes = dict(num_layers=2, embed_dim=32, num_heads=2)
@@ -129,6 +137,6 @@ def smoke(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   c.optimizer.warmup_steps = 2
   c.train_steps, c.log_steps, c.checkpoint_steps = 8, 2, 4
   for evaluation in c.evals.values():
-    evaluation.update(every_steps=4, max_batches=2)
+    evaluation.update(every_steps=4, **SMOKE_EVALS.get(evaluation.type, dict(max_batches=2)))
   c.sample.num_tokens = min(c.sample.num_tokens, 16)
   return c

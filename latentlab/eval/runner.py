@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 from latentlab.data import Data
-from latentlab.eval import attention_resolution, ngram, perplexity
+from latentlab.eval import attention_resolution, needles, ngram, perplexity
 from latentlab.typing import Params
 
 EVALUATORS = {
   "attention_resolution": attention_resolution,
+  "needles": needles,
   "ngram": ngram,
   "perplexity": perplexity,
 }
