@@ -4,6 +4,7 @@ from latentlab.layers.attention import Attention, AttentionConfig
 from latentlab.layers.cache import Cache, DecoderCache, KVCache, RetentionState, RingCache
 from latentlab.layers.common import Context, Shared
 from latentlab.layers.decoder import Block, BlockConfig, Decoder, DecoderConfig, MixerConfig, Stage
+from latentlab.layers.diff_attention import DiffAttention, DiffAttentionConfig, lambda_schedule
 from latentlab.layers.embedding import Embedder, VocabHead
 from latentlab.layers.feed_forward import FeedForward, FeedForwardConfig
 from latentlab.layers.h3 import H3, H3Config, H3State
@@ -13,6 +14,7 @@ from latentlab.layers.norms import HeadNorm, residual_norm
 from latentlab.layers.positions import PositionConfig
 from latentlab.layers.retention import MultiScaleRetention, RetentionConfig
 from latentlab.layers.rwkv import RwkvConfig, RwkvState, TimeMix
+from latentlab.layers.shared_kv import SharedKV, SharedKVConfig
 
 __all__ = [
   "Attention",
@@ -24,6 +26,8 @@ __all__ = [
   "Decoder",
   "DecoderCache",
   "DecoderConfig",
+  "DiffAttention",
+  "DiffAttentionConfig",
   "Embedder",
   "FeedForward",
   "FeedForwardConfig",
@@ -46,8 +50,11 @@ __all__ = [
   "RwkvConfig",
   "RwkvState",
   "Shared",
+  "SharedKV",
+  "SharedKVConfig",
   "Stage",
   "TimeMix",
   "VocabHead",
+  "lambda_schedule",
   "residual_norm",
 ]

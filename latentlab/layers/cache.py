@@ -24,7 +24,7 @@ EMPTY = jnp.iinfo(jnp.int32).max
 
 @struct.dataclass
 class Cache:
-  """What one layer (or a stack of layers) remembers of the tokens it has seen."""
+  """What one layer (or a stack of layers) remembers of the tokens it has seen; here, nothing."""
 
   @property
   def batch_axis(self):
@@ -252,11 +252,13 @@ class DecoderCache(Cache):
     lengths: Tokens seen per row.
     stages: For each stage of the decoder, one cache per block of its pattern.
     stacked: Whether those of a stage are stacked over its repeats on a leading axis.
+    shared: Keys and values that all layers of a cross-decoder read; `None` without one.
   """
 
   lengths: Int[Array, " B"]
   stages: tuple[tuple[Cache, ...], ...]
   stacked: tuple[bool, ...] = struct.field(pytree_node=False)
+  shared: KVCache | None = None
 
   @property
   def batch_axis(self):
@@ -264,12 +266,14 @@ class DecoderCache(Cache):
       jax.tree.map(lambda _, axis=int(stacked): axis, stage)
       for stage, stacked in zip(self.stages, self.stacked, strict=True)
     )
-    return dataclasses.replace(self, lengths=0, stages=stages)
+    shared = None if self.shared is None else jax.tree.map(lambda _: 0, self.shared)
+    return dataclasses.replace(self, lengths=0, stages=stages, shared=shared)
 
   def grow(self, max_length: int) -> "DecoderCache":
     is_cache = lambda x: isinstance(x, Cache)
     stages = jax.tree.map(lambda c: c.grow(max_length), self.stages, is_leaf=is_cache)
-    return dataclasses.replace(self, stages=stages)
+    shared = None if self.shared is None else self.shared.grow(max_length)
+    return dataclasses.replace(self, stages=stages, shared=shared)
 
   @property
   def num_bytes(self) -> int:

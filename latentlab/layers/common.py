@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ class Shared:
     deterministic: Whether dropout is off.
     residual_scale: What the residual stream is multiplied by before a norm behind each branch
       (DeepNorm's alpha); `None` for norms before the branches.
+    num_layers: Layers of the decoder.
   """
 
   embed_dim: int
@@ -36,6 +38,7 @@ class Shared:
   dropout_rate: float = 0.0
   deterministic: bool = True
   residual_scale: float | None = None
+  num_layers: int = 1
 
 
 @struct.dataclass
@@ -54,6 +57,8 @@ class Context:
     in_place: Whether positions ascend by one along each document of this pass, so that the places
       of two of its tokens in the row are as far apart as their positions.
     fresh: Whether these are the first tokens of their rows, so that a cache holds none yet.
+    shared: Keys and values that the decoder projects once for layers with `shared_kv`, a
+      `shared_kv.SharedKV`; `None` before it has.
   """
 
   positions: Int[Array, "#B T"]
@@ -62,6 +67,7 @@ class Context:
   allowed: Bool[Array, "#B T S"] | None = None
   key_bias: Float[Array, "B S"] | None = None
   layer: Int[Array, ""] | int = 0
+  shared: Any = None
   in_place: bool = struct.field(pytree_node=False, default=False)
   fresh: bool = struct.field(pytree_node=False, default=False)
 

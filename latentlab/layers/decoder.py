@@ -2,9 +2,13 @@
 
 `(embeddings, positions, segment_ids, cache) -> (hidden, cache)`; embedding and heads are outside.
 A model is a configuration of this module: what mixes tokens, how positions enter, which norm and
-which feed-forward are choices of each block. Parameters of a stage are stacked over its repeats
-and scanned, so that a deep model compiles as fast as a shallow one; on a CPU the scan is unrolled,
-which changes no parameter and hence no checkpoint.
+which feed-forward are choices of each block. With `shared_kv` it is a decoder-decoder (YOCO,
+https://arxiv.org/abs/2405.05254): the stages before make keys and values once, and those behind
+read them, so that a prompt needs the latter for its last token alone.
+
+Parameters of a stage are stacked over its repeats and scanned, so that a deep model compiles as
+fast as a shallow one; on a CPU the scan is unrolled, which changes no parameter and hence no
+checkpoint.
 """
 
 import dataclasses
@@ -21,6 +25,7 @@ from latentlab.layers.common import Context, Shared
 from latentlab.layers.feed_forward import FeedForward, FeedForwardConfig
 from latentlab.layers.norms import NORMS, residual_norm
 from latentlab.layers.positions import PositionConfig
+from latentlab.layers.shared_kv import SharedKVConfig, SharedKVProjection
 from latentlab.typing import Array, Bool, DTypeLike, Float, Int
 from pallas_kernels.common import target_platform
 
@@ -39,6 +44,7 @@ REFUSED |= {
 """Pairs (mixer, position scheme) that mean nothing, and why. All others compose."""
 
 RESIDUALS = ("pre", "deepnorm")
+CROSS_INPUTS = ("hidden", "embeddings")
 
 REMAT_POLICIES = {
   "none": None,
@@ -73,11 +79,13 @@ class BlockConfig:
     mixer: Token mixer.
     feed_forward: Feed-forward.
     norm: Norm of each branch.
+    init: Initialisation scheme of this block; the decoder's if `None`.
   """
 
   mixer: MixerConfig
   feed_forward: FeedForwardConfig
   norm: str = "rms"
+  init: str | None = None
 
   def __post_init__(self):
     if self.norm not in NORMS:
@@ -85,6 +93,8 @@ class BlockConfig:
     pair = (self.mixer.kind, self.mixer.positions.kind)
     if pair in REFUSED:
       raise ValueError(f"mixer {pair[0]!r} with positions {pair[1]!r}: {REFUSED[pair]}")
+    if self.init is not None:
+      initializers.make(self.init, num_layers=1, embed_dim=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +130,10 @@ class DecoderConfig:
   Attributes:
     embed_dim: Width `D` of the residual stream.
     stages: What it runs, in order.
+    shared_kv: Keys and values that all stages from `num_self_stages` on read; `None` for none.
+    num_self_stages: Stages of the self-decoder, whose output these are made of.
+    cross_input: What the cross-decoder begins with: the self-decoder's output (`hidden`), or the
+      `embeddings` (YOCO's "unstacked" layout).
     final_norm: Norm after the last block, where residuals are `pre`.
     residual: `pre`, `x + f(norm(x))`, or `deepnorm`, `norm(alpha x + f(x))` with
       `alpha = (2 L)^(1/4)` (DeepNet, https://arxiv.org/abs/2203.00555, for decoders).
@@ -134,6 +148,9 @@ class DecoderConfig:
 
   embed_dim: int
   stages: tuple[Stage, ...]
+  shared_kv: SharedKVConfig | None = None
+  num_self_stages: int = 0
+  cross_input: str = "hidden"
   final_norm: str = "rms"
   residual: str = "pre"
   dtype: DTypeLike = jnp.float32
@@ -150,6 +167,34 @@ class DecoderConfig:
       raise ValueError(f"unknown residual {self.residual!r}; choose one of {RESIDUALS}")
     if not 0.0 <= self.dropout_rate < 1.0:
       raise ValueError(f"dropout_rate={self.dropout_rate} is not in [0, 1)")
+    self._check_shared_kv()
+
+  def _check_shared_kv(self):
+    c, last = self.shared_kv, len(self.stages)
+    if self.cross_input not in CROSS_INPUTS:
+      raise ValueError(f"unknown cross_input {self.cross_input!r}; choose one of {CROSS_INPUTS}")
+    if c is None and (self.num_self_stages or self.cross_input != "hidden"):
+      raise ValueError(
+        f"{self.num_self_stages=} and {self.cross_input=} belong to a decoder with shared_kv"
+      )
+    if c is not None and not 0 <= self.num_self_stages < last:
+      raise ValueError(f"{self.num_self_stages=} leaves no stage of {last} to read shared_kv")
+    for i, stage in enumerate(self.stages):
+      for mixer in (block.mixer for block in stage.pattern):
+        reads, should = getattr(mixer, "shared_kv", False), c is not None
+        should = should and i >= self.num_self_stages
+        if reads != should:
+          raise ValueError(
+            f"stage {i} has {mixer}, where mixers with shared_kv={should} belong: all stages from "
+            f"{self.num_self_stages=} on read the shared keys and values, and no other does"
+          )
+        if reads and mixer.shared_sizes != (c.num_kv_heads, c.key_dim, c.value_dim):
+          raise ValueError(
+            f"stage {i} reads keys and values of {mixer.shared_sizes} (heads, key and value "
+            f"features), and {c} are others"
+          )
+        if reads and mixer.positions != c.positions:
+          raise ValueError(f"stage {i} has {mixer.positions}, and its keys are of {c.positions}")
 
   @property
   def num_layers(self) -> int:
@@ -177,11 +222,13 @@ class DecoderConfig:
       lengths=jnp.zeros((batch_size,), jnp.int32),
       stages=tuple(tuple(empty(block, s) for block in s.pattern) for s in self.stages),
       stacked=tuple(s.stacked for s in self.stages),
+      shared=self.shared_kv and self.shared_kv.init_cache(batch_size, max_length, self.dtype),
     )
 
   def flops_per_token(self, seq_length: int) -> float:
     """Matmul flops of a forward pass over `seq_length` tokens, per token."""
-    return sum(
+    shared = self.shared_kv.flops_per_token(self.embed_dim) if self.shared_kv else 0
+    return shared + sum(
       stage.repeats
       * (
         block.mixer.flops_per_token(self.embed_dim, seq_length)
@@ -217,6 +264,8 @@ class Block(nn.Module):
     feed_forward = FeedForward(c.feed_forward, shared, name="feed_forward")
     y = feed_forward(norm(x) if alpha is None else x)
     x = x + dropout(y) if alpha is None else norm(alpha * x + dropout(y))
+    if self.is_mutable_collection("hidden"):
+      self.sow("hidden", "residual", x)
     return nn.with_logical_constraint(x, ("act_batch", "act_length", "act_embed")), cache
 
 
@@ -246,7 +295,11 @@ class Pattern(nn.Module):
     for i, config in enumerate(self.blocks):
       here = context.replace(layer=first_layer + i)
       cache = caches[i] if caches is not None else None
-      x, cache = block(config, self.shared, name=f"block_{i}")(x, here, cache)
+      shared = self.shared
+      if config.init is not None:
+        sizes = dict(num_layers=shared.num_layers, embed_dim=shared.embed_dim)
+        shared = dataclasses.replace(shared, init=initializers.make(config.init, **sizes))
+      x, cache = block(config, shared, name=f"block_{i}")(x, here, cache)
       updated.append(cache)
     return x, tuple(updated) if caches is not None else None
 
@@ -282,8 +335,9 @@ class Decoder(nn.Module):
     allowed: Bool[Array, "#B T S"] | None = None,
     key_bias: Float[Array, "B S"] | None = None,
     fresh: bool = False,
+    last_only: bool = False,
     deterministic: bool = True,
-  ) -> tuple[Float[Array, "B T D"], DecoderCache | None]:
+  ) -> tuple[Float[Array, "B #T D"], DecoderCache | None]:
     """Runs `T` tokens, after those that `cache` has seen.
 
     Args:
@@ -296,10 +350,13 @@ class Decoder(nn.Module):
       allowed: Keys a query may see at all; see `Context`.
       key_bias: Added to the scores of each key; see `Context`.
       fresh: Whether `cache` holds no token yet, which saves attention the look into it.
+      last_only: Whether the last valid token of each row is all that is asked for. A cross-decoder
+        then runs for it alone: what it remembers of the others, the self-decoder has made.
       deterministic: Whether dropout is off; if not, `apply` needs a `dropout` key.
 
     Returns:
-      Normed hidden vectors, and the cache after the last valid token (`None` if none was given).
+      Normed hidden vectors (one a row with `last_only`), and the cache after the last valid token
+      (`None` if none was given).
 
     Raises:
       ValueError: `segment_ids` with a cache.
@@ -322,18 +379,27 @@ class Decoder(nn.Module):
       c.dropout_rate,
       deterministic,
       c.residual_scale,
+      c.num_layers,
     )
     x = nn.Dropout(c.dropout_rate, deterministic=deterministic)(x)
 
+    embeddings, shared_cache = x, None
     stages, first_layer = [], 0
     for i, stage in enumerate(c.stages):
+      if c.shared_kv is not None and i == c.num_self_stages:
+        project = SharedKVProjection(c.shared_kv, shared, name="shared_kv")
+        seen, shared_cache = project(x, context, None if cache is None else cache.shared)
+        context = context.replace(shared=seen)
+        x = embeddings if c.cross_input == "embeddings" else x
+        if last_only:
+          x, context = _last_tokens(x, context)
       caches = cache.stages[i] if cache is not None else None
       if stage.stacked:
         unroll = c.unroll or (stage.repeats if target_platform() == "cpu" else 1)
         unroll = min(unroll, stage.repeats)
         pattern = nn.scan(
           Pattern,
-          variable_axes={"params": 0, "intermediates": 0},
+          variable_axes={"params": 0, "intermediates": 0, "maps": 0, "hidden": 0},
           split_rngs={"params": True, "dropout": True},
           in_axes=(0, 0, nn.broadcast),
           out_axes=0,
@@ -350,9 +416,39 @@ class Decoder(nn.Module):
       stages.append(updated)
       first_layer += stage.num_layers
 
+    if last_only and c.shared_kv is None:
+      x, context = _last_tokens(x, context)
     if c.residual == "pre":  # Behind every branch, there is one behind the last.
       x = residual_norm(c.final_norm, shared, name="final_norm")(x)
     if cache is not None:
       seen = num_tokens if lengths is None else lengths
-      cache = dataclasses.replace(cache, lengths=cache.lengths + seen, stages=tuple(stages))
+      cache = dataclasses.replace(
+        cache, lengths=cache.lengths + seen, stages=tuple(stages), shared=shared_cache
+      )
     return x, cache
+
+
+def _last_tokens(
+  x: Float[Array, "B T D"], context: Context
+) -> tuple[Float[Array, "B 1 D"], Context]:
+  """Each row's last valid token, and what is left of the context for it."""
+  batch, length = x.shape[:2]
+  full = jnp.full((batch,), length) if context.lengths is None else context.lengths
+  last = jnp.maximum(full - 1, 0)[:, None]  # Of a row without a token, whatever is there.
+
+  def take(values):
+    return values if values is None else jnp.take_along_axis(values, last, axis=1)
+
+  positions = jnp.broadcast_to(context.positions, (batch, length))
+  allowed = context.allowed
+  if allowed is not None:
+    allowed = jnp.broadcast_to(allowed, (batch, *allowed.shape[1:]))
+    allowed = jnp.take_along_axis(allowed, last[..., None], axis=1)
+  return jnp.take_along_axis(x, last[..., None], axis=1), context.replace(
+    positions=take(positions),
+    segment_ids=take(context.segment_ids),
+    lengths=None,
+    allowed=allowed,
+    in_place=False,
+    fresh=False,
+  )

@@ -18,6 +18,11 @@ _ACTIVATIONS = {
 KINDS = tuple(_ACTIVATIONS)
 
 
+def default_width(kind: str, embed_dim: int) -> int:
+  """Hidden width of `8 D^2` parameters: `4 D`, or `8/3 D` rounded up to 32 with a gate."""
+  return -(-8 * embed_dim // 96) * 32 if kind.endswith("glu") else 4 * embed_dim
+
+
 @dataclasses.dataclass(frozen=True)
 class FeedForwardConfig:
   """A feed-forward layer.

@@ -71,6 +71,13 @@ def _deepnorm(num_layers: int, embed_dim: int) -> Initializers:
   return _release(embed_dim, divisor=(8 * num_layers) ** 0.25)
 
 
+def _linear(num_layers: int, embed_dim: int) -> Initializers:
+  """Torch's default of a linear layer, for all of them: the Differential Transformer's release."""
+  del num_layers
+  base = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+  return _alike(base, base, nn.initializers.normal(embed_dim**-0.5))
+
+
 def _release(embed_dim: int, divisor: float) -> Initializers:
   # A gain g multiplies the bound, so the variance by g^2.
   def xavier(gain):
@@ -90,7 +97,13 @@ def _release(embed_dim: int, divisor: float) -> Initializers:
   )
 
 
-SCHEMES = {"normal": _normal, "fan_in": _fan_in, "retnet": _retnet, "deepnorm": _deepnorm}
+SCHEMES = {
+  "normal": _normal,
+  "fan_in": _fan_in,
+  "linear": _linear,
+  "retnet": _retnet,
+  "deepnorm": _deepnorm,
+}
 
 
 def make(scheme: str, *, num_layers: int, embed_dim: int) -> Initializers:

@@ -77,13 +77,25 @@ class PositionConfig:
     self, q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], positions: Int[Array, "#B T"]
   ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"]]:
     """Queries and keys with their positions in them, `decay` aside; not for `none` and `alibi`."""
+    return self.rotate_queries(q, positions), self.rotate_keys(k, positions)
+
+  def rotate_queries(
+    self, q: Float[Array, "B T N H"], positions: Int[Array, "#B T"]
+  ) -> Float[Array, "B T N H"]:
+    """The queries' part of `rotate`."""
+    return self._rotate(q, positions, "query")
+
+  def rotate_keys(
+    self, k: Float[Array, "B T K H"], positions: Int[Array, "#B T"]
+  ) -> Float[Array, "B T K H"]:
+    """The keys' part of `rotate`."""
+    return self._rotate(k, positions, "key")
+
+  def _rotate(self, x, positions, role: str):
     rotation = dict(base=self.base, grid=self.grid, layout=self.layout)
     if self.kind == "xpos" and self.center != "tile":
-      options = rotation | dict(gamma=self.gamma, scale_base=self.scale_base, center=self.center)
-      return (
-        ops.apply_xpos(q, positions, role="query", **options),
-        ops.apply_xpos(k, positions, role="key", **options),
-      )
+      scale = dict(gamma=self.gamma, scale_base=self.scale_base, center=self.center)
+      return ops.apply_xpos(x, positions, role=role, **rotation, **scale)
     if self.kind in ("rope", "xpos") and self.base is not None:
-      return tuple(ops.apply_rope(x, positions, **rotation) for x in (q, k))
-    return q, k
+      return ops.apply_rope(x, positions, **rotation)
+    return x

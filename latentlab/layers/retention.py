@@ -1,4 +1,8 @@
-"""Multi-scale retention (RetNet, arXiv 2307.08621, section 2; equations 5 to 8)."""
+"""Multi-scale retention (RetNet, arXiv 2307.08621, section 2; equations 5 to 8).
+
+With gates it is that of YOCO (arXiv 2405.05254, section 3.1, equations 4 to 8): the decay is
+a token's own, `gamma = sigmoid(x w)^(1 / tau)`, a number per head.
+"""
 
 import dataclasses
 import functools
@@ -10,13 +14,20 @@ from flax import linen as nn
 
 from latentlab import ops
 from latentlab.layers.cache import RetentionState
-from latentlab.layers.common import Context, Shared, heads_projection, mesh_spec, output_projection
+from latentlab.layers.common import (
+  Context,
+  Projection,
+  Shared,
+  heads_projection,
+  mesh_spec,
+  output_projection,
+)
 from latentlab.layers.norms import HEAD_NORMS, HeadNorm
 from latentlab.layers.positions import PositionConfig
 from latentlab.typing import Array, DTypeLike, Float
 
 NORMALIZATIONS = ("none", "decay", "paper", "torchscale")
-DECAYS = ("pow2", "linspace", "one", "const", "custom")
+DECAYS = ("pow2", "linspace", "one", "const", "custom", "gated")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +41,11 @@ class RetentionConfig:
     num_kv_heads: Key and value heads `K`, each shared by `N / K` query heads; `N` if `None`. Decay
       and state stay per query head.
     positions: Rotation; RetNet's has the `linspace` grid.
-    decay: `pow2` (equation 8), `linspace` (the paper's experiments), `one`, `const` or `custom`.
+    decay: `pow2` (equation 8), `linspace` (the paper's experiments), `one`, `const`, `custom`, or
+      `gated` (by token).
     decay_value: The decay of `const`.
     decay_values: Those of `custom`, one a head.
+    tau: Temperature of `gated`; 16 tokens halve what a gate of a half remembers.
     gate: Whether `swish(x W_G)` multiplies the output.
     head_norm: One of `HEAD_NORMS`.
     head_norm_eps: Its epsilon.
@@ -55,6 +68,7 @@ class RetentionConfig:
   decay: str = "pow2"
   decay_value: float | None = None
   decay_values: tuple[float, ...] | None = None
+  tau: float = 16.0
   gate: bool = True
   head_norm: str = "rms"
   head_norm_eps: float = 1e-6
@@ -79,6 +93,12 @@ class RetentionConfig:
         raise ValueError(f"{field}={value} belongs to decay={kind!r} alone; got {self.decay=}")
     if self.decay_values is not None and len(self.decay_values) != self.num_heads:
       raise ValueError(f"{self.decay_values=} must be as many as {self.num_heads=}")
+    if self.tau <= 0:
+      raise ValueError(f"{self.tau=} must be positive")
+    if self.decay == "gated" and self.normalization != "none":
+      raise ValueError(
+        f"normalization={self.normalization!r} is of a fixed decay: decay='gated' takes 'none'"
+      )
 
   @property
   def kv_heads(self) -> int:
@@ -86,6 +106,7 @@ class RetentionConfig:
 
   @property
   def log_decay(self) -> Float[Array, " N"]:
+    """Of a fixed decay."""
     value = self.decay_values if self.decay == "custom" else self.decay_value
     return ops.log_decay_rates(self.num_heads, self.decay, value=value)
 
@@ -119,6 +140,8 @@ class RetentionConfig:
       )
     )
     inner = 2 * chunk * (self.head_dim + self.value_head_dim)
+    if self.decay == "gated":
+      projections += 2 * embed_dim * self.num_heads
     return projections + self.num_heads * (inner + 4 * self.head_dim * self.value_head_dim)
 
 
@@ -145,20 +168,22 @@ class MultiScaleRetention(nn.Module):
     v = self._heads("v_proj", c.value_head_dim, shared=True, role="mixer_value")(x)
     gate = self._heads("gate_proj", c.value_head_dim)(x) if c.gate else None
     q, k = c.positions.rotate(q, k * c.head_dim**-0.5, context.positions)
+    log_decay = self._log_decay(x)
 
     one_token = cache is not None and x.shape[1] == 1 and context.lengths is None
     if one_token and c.ends_in_kernel:
       eps = c.head_norm_eps if c.head_norm == "rms" else None
-      out, state = self._step(q, k, v, cache.state, gate=gate, norm_eps=eps)
+      out, state = self._step(q, k, v, cache.state, log_decay, gate=gate, norm_eps=eps)
       z = None
     else:
       retain = self._step if one_token else functools.partial(self._retain, context=context)
-      out, state = retain(q, k, v, None if cache is None else cache.state)
+      out, state = retain(q, k, v, None if cache is None else cache.state, log_decay)
       z = None
       if c.normalization == "paper":
         # q.z is a retention of ones: an exact normaliser in every form, for one column more.
         ones = jnp.ones_like(v[..., :1], jnp.float32)
-        row_sum, z = retain(q, k, ones, None if cache is None else cache.z[..., None])
+        z = None if cache is None else cache.z[..., None]
+        row_sum, z = retain(q, k, ones, z, log_decay)
         z = z[..., 0]
         scale = jnp.maximum(jnp.abs(row_sum), self._decay_scale(context))
         out = out / jax.lax.stop_gradient(scale)
@@ -183,19 +208,29 @@ class MultiScaleRetention(nn.Module):
       heads, axis = self.config.kv_heads, "kv_heads"
     return heads_projection(self.shared, heads, dim, heads_axis=axis, role=role, name=name)
 
-  def _step(self, q, k, v, state, **end):
+  def _log_decay(self, x):
+    """Per head, or per token and head."""
+    c = self.config
+    if c.decay != "gated":
+      return c.log_decay
+    init, axes = self.shared.init.mixer_in, ("embed", "heads")
+    logits = Projection((c.num_heads,), axes, init, jnp.float32, name="decay_proj")(x)
+    return nn.log_sigmoid(logits) / c.tau
+
+  def _step(self, q, k, v, state, log_decay, **end):
     token, spec = (x[:, 0] for x in (q, k, v)), _spec()
+    log_decay = log_decay[:, 0] if log_decay.ndim == 3 else log_decay
     end["gate"] = end["gate"][:, 0] if end.get("gate") is not None else None
-    out, state = ops.retention_decode(*token, self.config.log_decay, state, **end, spec=spec)
+    out, state = ops.retention_decode(*token, log_decay, state, **end, spec=spec)
     return out[:, None], state
 
-  def _retain(self, q, k, v, state, context):
+  def _retain(self, q, k, v, state, log_decay, context):
     c = self.config
     return ops.retention(
       q,
       k,
       v,
-      c.log_decay,
+      log_decay,
       initial_state=state,
       lengths=context.lengths,
       segment_ids=context.segment_ids,

@@ -1,6 +1,6 @@
 """One file per paper: presets of the one decoder, and what is truly that paper's own."""
 
-from latentlab.models import baselines, retnet, transformer
+from latentlab.models import baselines, diff_transformer, retnet, transformer, yoco
 from latentlab.models.language_model import (
   LanguageModel,
   LanguageModelConfig,
@@ -10,6 +10,7 @@ from latentlab.models.language_model import (
   init_cache,
   num_params,
   prefill,
+  score_prompts,
   unstack,
 )
 from latentlab.models.registry import build_config
@@ -21,11 +22,14 @@ __all__ = [
   "baselines",
   "build_config",
   "decode_step",
+  "diff_transformer",
   "flops_per_token",
   "init_cache",
   "num_params",
   "prefill",
   "retnet",
+  "score_prompts",
   "transformer",
   "unstack",
+  "yoco",
 ]

@@ -134,8 +134,9 @@ class LanguageModel(nn.Module):
     allowed: Bool[Array, "#B T S"] | None = None,
     key_bias: Float[Array, "B S"] | None = None,
     fresh: bool = False,
+    last_only: bool = False,
     deterministic: bool = True,
-  ) -> tuple[Float[Array, "B T D"], DecoderCache | None]:
+  ) -> tuple[Float[Array, "B #T D"], DecoderCache | None]:
     """Hidden vectors without the head.
 
     Args:
@@ -148,6 +149,7 @@ class LanguageModel(nn.Module):
       allowed: Keys a query may see at all (see `layers.Context`).
       key_bias: Added to the scores of each key.
       fresh: Whether `cache` holds no token yet.
+      last_only: Whether only each row's last valid token is asked for; see `layers.Decoder`.
       deterministic: Whether dropout is off; if not, `apply` needs a `dropout` key.
     """
     places = next_positions(tokens.shape[1], segment_ids, cache)
@@ -161,6 +163,7 @@ class LanguageModel(nn.Module):
       allowed=allowed,
       key_bias=key_bias,
       fresh=fresh,
+      last_only=last_only,
       deterministic=deterministic,
     )
 
@@ -274,8 +277,13 @@ def prefill(
   lengths: Int[Array, " B"] | None = None,
   max_length: int | None = None,
   cache: DecoderCache | None = None,
+  *,
+  early_exit: bool = True,
 ) -> tuple[Float[Array, "B vocab"], DecoderCache]:
   """Reads prompts of different lengths in one pass.
+
+  A cross-decoder and the head run for each row's last token alone (YOCO's early exit), unless the
+  caller wants them to run for all, which changes no result.
 
   Args:
     model: The model.
@@ -284,6 +292,7 @@ def prefill(
     lengths: Valid tokens per row, each at least 1; `T` if `None`.
     max_length: Room of the cache; `T` if `None`, and unused where `cache` is given.
     cache: What was seen before.
+    early_exit: Whether to leave out what no later token needs.
 
   Returns:
     The logits behind each row's last valid token, and the cache.
@@ -291,20 +300,73 @@ def prefill(
   Raises:
     ValueError: the prompts do not fit into `max_length`.
   """
-  batch_size, num_tokens = tokens.shape
-  max_length = num_tokens if max_length is None else max_length
   fresh = cache is None
-  if fresh:
-    if num_tokens > max_length:
-      raise ValueError(f"prompts of {num_tokens} tokens do not fit into {max_length=}")
-    cache = init_cache(model.config, batch_size, max_length)
+  cache = _room(model, tokens, max_length) if fresh else cache
+  options = dict(lengths=lengths, cache=cache, fresh=fresh, last_only=early_exit, method="hidden")
+  hidden, cache = model.apply({"params": params}, tokens, **options)
+  if not early_exit:
+    last = jnp.full(tokens.shape[:1], tokens.shape[1]) if lengths is None else lengths
+    hidden = jnp.take_along_axis(hidden, last[:, None, None] - 1, axis=1)
+  return model.apply({"params": params}, hidden[:, 0], method="logits"), cache
+
+
+def score_prompts(
+  model: LanguageModel,
+  params: Params,
+  tokens: Int[Array, "B T"],
+  lengths: Int[Array, " B"] | None = None,
+  max_length: int | None = None,
+  *,
+  early_exit: bool = False,
+) -> tuple[Float[Array, "B T"], Float[Array, "B vocab"], DecoderCache]:
+  """`prefill` that also returns the log-probability of each token of the prompts.
+
+  Args:
+    model: See `prefill`.
+    params: See there.
+    tokens: See there.
+    lengths: See there.
+    max_length: See there.
+    early_exit: Must be off: the probabilities of a prompt need every token's hidden vector.
+
+  Returns:
+    Log-probabilities under the model, 0 for each row's first token and for padding; and what
+    `prefill` returns.
+
+  Raises:
+    ValueError: `early_exit`, or the prompts do not fit.
+  """
+  if early_exit:
+    raise ValueError(
+      "early_exit=True runs the cross-decoder for the last token of a prompt alone, and its "
+      "log-probabilities need all of them: leave early_exit off"
+    )
+  cache = _room(model, tokens, max_length)
   variables = {"params": params}
   hidden, cache = model.apply(
-    variables, tokens, lengths=lengths, cache=cache, fresh=fresh, method="hidden"
+    variables, tokens, lengths=lengths, cache=cache, fresh=True, method="hidden"
   )
-  last = jnp.full((batch_size,), num_tokens) if lengths is None else lengths
-  hidden = jnp.take_along_axis(hidden, last[:, None, None] - 1, axis=1)[:, 0]
-  return model.apply(variables, hidden, method="logits"), cache
+  targets = jnp.concatenate([tokens[:, 1:], tokens[:, :1]], axis=1)
+  nll = ops.cross_entropy(
+    hidden,
+    model.apply(variables, method="head_kernel"),
+    targets,
+    chunk_size=model.config.loss_chunk_size,
+  )
+  full = jnp.full(tokens.shape[:1], tokens.shape[1]) if lengths is None else lengths
+  known = jnp.arange(tokens.shape[1]) < full[:, None] - 1
+  log_probs = jnp.where(known, -nll, 0.0)
+  log_probs = jnp.concatenate([jnp.zeros_like(log_probs[:, :1]), log_probs[:, :-1]], axis=1)
+  last = jnp.take_along_axis(hidden, full[:, None, None] - 1, axis=1)[:, 0]
+  return log_probs, model.apply(variables, last, method="logits"), cache
+
+
+def _room(model: LanguageModel, tokens: Int[Array, "B T"], max_length: int | None) -> DecoderCache:
+  batch_size, num_tokens = tokens.shape
+  max_length = num_tokens if max_length is None else max_length
+  if num_tokens > max_length:
+    raise ValueError(f"prompts of {num_tokens} tokens do not fit into {max_length=}")
+  return init_cache(model.config, batch_size, max_length)
 
 
 def decode_step(
@@ -329,16 +391,19 @@ def unstack(config: LanguageModelConfig, params: Params) -> tuple[LanguageModelC
     return config, params
   params = nn.unbox(params)
   decoder = {k: x for k, x in params["decoder"].items() if not k.startswith("stage_")}
-  stages = []
+  stages, num_self_stages = [], config.decoder.num_self_stages
   for i, stage in enumerate(config.decoder.stages):
+    if i == config.decoder.num_self_stages:
+      num_self_stages = len(stages)
     stack = params["decoder"][f"stage_{i}"]
     for r in range(stage.repeats):
       layer = jax.tree.map(lambda x, r=r: x[r], stack) if stage.stacked else stack
       decoder[f"stage_{len(stages)}"] = layer
       stages.append(Stage(stage.pattern, 1, stacked=False))
-  config = dataclasses.replace(
-    config, decoder=dataclasses.replace(config.decoder, stages=tuple(stages))
+  decoder_config = dataclasses.replace(
+    config.decoder, stages=tuple(stages), num_self_stages=num_self_stages
   )
+  config = dataclasses.replace(config, decoder=decoder_config)
   return config, params | {"decoder": decoder}
 
 

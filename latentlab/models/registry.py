@@ -7,10 +7,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from latentlab.models import baselines, retnet, transformer
+from latentlab.models import baselines, diff_transformer, retnet, transformer, yoco
 from latentlab.models.language_model import LanguageModelConfig, stack
 
 MODELS = {
+  "diff_transformer": (diff_transformer.diff_transformer, diff_transformer.PRESETS),
+  "diff_transformer_v2": (diff_transformer.diff_transformer_v2, {}),
   "h3": (baselines.h3, baselines.H3_PRESETS),
   "hyena": (baselines.hyena, baselines.PRESETS),
   "linear_transformer": (baselines.linear_transformer, baselines.LINEAR_PRESETS),
@@ -18,6 +20,7 @@ MODELS = {
   "rwkv": (baselines.rwkv, baselines.PRESETS),
   "torchscale_retnet": (retnet.torchscale_retnet, retnet.TORCHSCALE_PRESETS),
   "transformer": (transformer.transformer, transformer.PRESETS),
+  "yoco": (yoco.yoco, yoco.PRESETS),
 }
 
 

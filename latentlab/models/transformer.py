@@ -8,6 +8,7 @@ from typing import Any
 
 from latentlab import ops
 from latentlab.layers import AttentionConfig, FeedForwardConfig, PositionConfig
+from latentlab.layers.feed_forward import default_width
 from latentlab.layers.positions import split_scheme
 from latentlab.models.language_model import LanguageModelConfig, stack
 
@@ -41,6 +42,7 @@ def transformer(
   xpos_center: int | None = None,
   mask: str = "causal",
   mask_size: int | None = None,
+  logit_bits: int | None = None,
   **options: Any,
 ) -> LanguageModelConfig:
   """A Transformer language model.
@@ -66,6 +68,7 @@ def transformer(
       a model trained as `causal` may be evaluated and sampled with another.
     mask_size: Window or block of the mask; as `None`, the window is `train_length` and the block
       half of it, as the xPos paper has them (section 3.3).
+    logit_bits: Rounds scores to so many bits, for evaluations; see `ops.attention_maps`.
     **options: Of `language_model.stack`, `vocab_size` and `num_layers` among them.
 
   Raises:
@@ -75,35 +78,74 @@ def transformer(
     if embed_dim % num_heads:
       raise ValueError(f"{embed_dim=} is no multiple of {num_heads=}; give head_dim")
     head_dim = embed_dim // num_heads
-  if mask == "full":
-    raise ValueError(
-      "mask='full' shows a language model the tokens that it has to predict; choose "
-      "'causal', 'sliding_window' or 'blockwise_causal'"
-    )
   on_embedding, in_mixer = split_scheme(positions)
-  if train_length is not None and xpos_scale_base is None:
-    xpos_scale_base = train_length / 2
-  if train_length is not None and mask_size is None:
-    sizes = dict(sliding_window=train_length, blockwise_causal=-(-train_length // 2))
-    mask_size = sizes.get(mask)
-  if in_mixer == "xpos" and xpos_scale_base is None:
-    raise ValueError("positions='xpos' needs train_length, or an xpos_scale_base of half of it")
   mixer = AttentionConfig(
     num_heads=num_heads,
     head_dim=head_dim,
     num_kv_heads=num_kv_heads,
-    positions=PositionConfig(
+    positions=mixer_positions(
       in_mixer,
-      base=rope_base if xpos_rotation or in_mixer != "xpos" else None,
-      grid=rope_grid,
-      layout=rope_layout,
-      gamma=xpos_gamma,
-      scale_base=PositionConfig.scale_base if xpos_scale_base is None else xpos_scale_base,
-      center="tile" if xpos_center is None else xpos_center,
+      train_length,
+      rope_base=rope_base,
+      rope_grid=rope_grid,
+      rope_layout=rope_layout,
+      xpos_scale_base=xpos_scale_base,
+      xpos_gamma=xpos_gamma,
+      xpos_rotation=xpos_rotation,
+      xpos_center=xpos_center,
     ),
-    mask=ops.Mask(mask, mask_size),
+    mask=inference_mask(mask, mask_size, train_length),
+    logit_bits=logit_bits,
   )
   if mlp_dim is None:
-    mlp_dim = -(-8 * embed_dim // 96) * 32 if feed_forward.endswith("glu") else 4 * embed_dim
+    mlp_dim = default_width(feed_forward, embed_dim)
   feed_forward = FeedForwardConfig(mlp_dim, feed_forward)
   return stack(mixer, feed_forward, embed_dim=embed_dim, positions=on_embedding, **options)
+
+
+def mixer_positions(
+  kind: str,
+  train_length: int | None,
+  *,
+  rope_base: float = 10_000.0,
+  rope_grid: str = "rope",
+  rope_layout: str = "interleaved",
+  xpos_scale_base: float | None = None,
+  xpos_gamma: float = 0.4,
+  xpos_rotation: bool = True,
+  xpos_center: int | None = None,
+) -> PositionConfig:
+  """The position scheme of a mixer, by fields of a preset (see `transformer`).
+
+  Raises:
+    ValueError: a name is unknown, or xPos has no scale base.
+  """
+  if train_length is not None and xpos_scale_base is None:
+    xpos_scale_base = train_length / 2
+  if kind == "xpos" and xpos_scale_base is None:
+    raise ValueError("positions='xpos' needs train_length, or an xpos_scale_base of half of it")
+  return PositionConfig(
+    kind,
+    base=rope_base if xpos_rotation or kind != "xpos" else None,
+    grid=rope_grid,
+    layout=rope_layout,
+    gamma=xpos_gamma,
+    scale_base=PositionConfig.scale_base if xpos_scale_base is None else xpos_scale_base,
+    center="tile" if xpos_center is None else xpos_center,
+  )
+
+
+def inference_mask(kind: str, size: int | None, train_length: int | None) -> ops.Mask:
+  """A language model's mask, by fields of a preset (see `transformer`).
+
+  Raises:
+    ValueError: it shows what has to be predicted, is unknown, or lacks a size.
+  """
+  if kind == "full":
+    raise ValueError(
+      "mask='full' shows a language model the tokens that it has to predict; choose "
+      "'causal', 'sliding_window' or 'blockwise_causal'"
+    )
+  if train_length is not None and size is None:
+    size = dict(sliding_window=train_length, blockwise_causal=-(-train_length // 2)).get(kind)
+  return ops.Mask(kind, size)
