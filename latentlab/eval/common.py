@@ -1,4 +1,4 @@
-"""What evaluators share: the model they measure, batches of rows made on purpose, sums."""
+"""What evaluators share: the model and its maps, batches of rows made on purpose, sums."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -6,7 +6,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from latentlab import ops
 from latentlab.data import Data
+from latentlab.layers import AttentionConfig, DiffAttentionConfig
 
 
 def pick_model(task: Any, fields: Mapping[str, Any] | None, length: int, what: str) -> Any:
@@ -29,6 +31,20 @@ def pick_model(task: Any, fields: Mapping[str, Any] | None, length: int, what: s
       "vectors for; shorten it."
     )
   return model
+
+
+def check_softmax(model: Any, what: str) -> None:
+  """Raises where no layer of a model has a softmax, whose maps `what` could look at."""
+  mixers = [block.mixer for stage in model.config.decoder.stages for block in stage.pattern]
+  if not any(isinstance(mixer, (AttentionConfig, DiffAttentionConfig)) for mixer in mixers):
+    kinds = sorted({mixer.kind for mixer in mixers})
+    raise ValueError(f"{what} needs softmax attention; this model has {kinds}.")
+
+
+def layer_maps(sown: Mapping[str, Any]) -> list[ops.AttentionMaps]:
+  """The maps of a pass with `mutable=["maps"]`, each with a leading axis of layers."""
+  maps = jax.tree.leaves(sown["maps"], is_leaf=lambda x: isinstance(x, ops.AttentionMaps))
+  return [m if m.weights.ndim == 5 else jax.tree.map(lambda x: x[None], m) for m in maps]
 
 
 def row_batches(rows: Mapping[str, np.ndarray], data: Data) -> Iterator[dict[str, np.ndarray]]:

@@ -1,7 +1,7 @@
 """Needles in hay, for evaluations: of symbols, as a task trains them, or of words in real text.
 
-The text's protocol is that of YOCO (https://arxiv.org/abs/2405.05254, section 5.3 and its release):
-a needle binds a random integer to a city, and the question ends just before the integer.
+The text's protocol is that of YOCO (https://arxiv.org/abs/2405.05254, table 4 and the release): a
+needle binds a random integer to a city, and the question ends just before the integer.
 """
 
 import dataclasses

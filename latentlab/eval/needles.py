@@ -1,7 +1,7 @@
 """Multi-needle retrieval, by greedy decoding.
 
-Section 3.3 of the Differential Transformer (https://arxiv.org/abs/2410.05258, table 2 and figure 5)
-and section 5.3 of YOCO (https://arxiv.org/abs/2405.05254, table 4).
+Table 2 and figure 5 of the Differential Transformer (https://arxiv.org/abs/2410.05258), and table 4
+and figure 4 of YOCO (https://arxiv.org/abs/2405.05254).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -10,10 +10,19 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 from latentlab.data import Data
-from latentlab.eval import attention_resolution, needles, ngram, perplexity
+from latentlab.eval import (
+  activations,
+  attention_mass,
+  attention_resolution,
+  needles,
+  ngram,
+  perplexity,
+)
 from latentlab.typing import Params
 
 EVALUATORS = {
+  "activations": activations,
+  "attention_mass": attention_mass,
   "attention_resolution": attention_resolution,
   "needles": needles,
   "ngram": ngram,

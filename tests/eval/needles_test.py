@@ -1,5 +1,6 @@
 """Needles are counted as found when they are, at the depth where they lie."""
 
+import dataclasses
 import re
 import types
 
@@ -232,7 +233,6 @@ def test_bad_fields_of_text(text, fields, message):
 
 
 def test_symbols_are_bytes(text):
-  tokenizer = types.SimpleNamespace(kind="bpe")
-  data = types.SimpleNamespace(tokenizer=tokenizer, config=text.config)
-  with pytest.raises(ValueError, match="made of bytes, and this model's tokens are 'bpe'"):
-    needles.Evaluator(types.SimpleNamespace(model=Reader()), data, jax.jit)
+  data = dataclasses.replace(text, tokenizer=data_lib.CharTokenizer("ab"))
+  with pytest.raises(ValueError, match="made of bytes, and this model's tokens are 'chars'"):
+    needles.Evaluator(types.SimpleNamespace(model=Reader()), data, jax.jit, seq_length=64)
