@@ -14,8 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from latentlab.data import Data
-from latentlab.eval.common import add_sums, check_softmax, layer_maps, pick_model, row_batches
-from latentlab.eval.haystack import check_depths, needle_task
+from latentlab.eval.common import (
+  add_sums,
+  check_softmax,
+  layer_maps,
+  pick_model,
+  row_batches,
+  synthetic_task,
+)
+from latentlab.eval.haystack import check_depths
 from latentlab.typing import Array, Float, Params
 
 PARTS = ("bos", "needle", "answer", "noise", "query")
@@ -64,7 +71,9 @@ class Evaluator:
     self._length = seq_length or data.config.seq_length
     self._depths, self._seed, self._num_samples = check_depths(depths), seed, num_samples
     self._data = data
-    self._task = needle_task(data, num_needles or None, 1)
+    self._task = synthetic_task(
+      data, "multi_needle", num_needles=num_needles or None, num_queries=1
+    )
     if self._length < self._task.shortest:
       raise ValueError(
         f"seq_length={self._length} of an attention_mass evaluation is too short for {self._task}; "

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from latentlab import ops
-from latentlab.data import Data
+from latentlab.data import Data, synthetic
 from latentlab.layers import AttentionConfig, DiffAttentionConfig
 
 
@@ -31,6 +31,28 @@ def pick_model(task: Any, fields: Mapping[str, Any] | None, length: int, what: s
       "vectors for; shorten it."
     )
   return model
+
+
+def synthetic_task(data: Data, name: str, **fields: Any) -> Any:
+  """The synthetic task that `data` trains, or its defaults where it trains another.
+
+  Args:
+    data: Its tokenizer is the model's.
+    name: Of the task.
+    **fields: Options that an evaluation has of its own; `None` leaves one as it is.
+
+  Raises:
+    ValueError: the model's tokens are no bytes, or the options are bad.
+  """
+  if data.tokenizer.kind != "bytes":
+    raise ValueError(
+      f"the task {name} is made of bytes, and this model's tokens are {data.tokenizer.kind!r}; set "
+      "config.data.tokenizer='bytes'."
+    )
+  trained = data.config.source == "synthetic" and data.config.task == name
+  options = dict(data.config.task_options) if trained else {}
+  options |= {field: value for field, value in fields.items() if value is not None}
+  return synthetic.TASKS[name](**options)
 
 
 def check_softmax(model: Any, what: str) -> None:

@@ -1,6 +1,6 @@
-"""Needles in hay, for evaluations: of symbols, as a task trains them, or of words in real text.
+"""Needles of words in real text, and the depths at which needles lie.
 
-The text's protocol is that of YOCO (https://arxiv.org/abs/2405.05254, table 4 and the release): a
+The protocol is that of YOCO (https://arxiv.org/abs/2405.05254, table 4 and the release): a
 needle binds a random integer to a city, and the question ends just before the integer.
 """
 
@@ -10,8 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from latentlab.data import Data, Tokenizer
-from latentlab.data.synthetic import MultiNeedle
+from latentlab.data import Tokenizer
 
 LARGEST_NUMBER = 50_000
 
@@ -36,23 +35,6 @@ def check_depths(depths: Sequence[float]) -> dict[str, float]:
       "differ by a hundredth or more."
     )
   return dict(zip(names, map(float, depths), strict=True))
-
-
-def needle_task(data: Data, num_needles: int | None, num_queries: int | None) -> MultiNeedle:
-  """The needles that `data` trains, or the task's defaults, in other numbers if these are given.
-
-  Raises:
-    ValueError: the model's tokens are no bytes, or the numbers are bad.
-  """
-  if data.tokenizer.kind != "bytes":
-    raise ValueError(
-      f"synthetic needles are made of bytes, and this model's tokens are {data.tokenizer.kind!r}; "
-      "set config.data.tokenizer='bytes'."
-    )
-  trained = data.config.source == "synthetic" and data.config.task == "multi_needle"
-  options = dict(data.config.task_options) if trained else {}
-  given = dict(num_needles=num_needles, num_queries=num_queries)
-  return MultiNeedle(**options | {name: n for name, n in given.items() if n is not None})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,8 +12,8 @@ import numpy as np
 
 from latentlab import sample
 from latentlab.data import Data
-from latentlab.eval.common import pick_model, row_batches
-from latentlab.eval.haystack import TextHaystack, check_depths, needle_task
+from latentlab.eval.common import pick_model, row_batches, synthetic_task
+from latentlab.eval.haystack import TextHaystack, check_depths
 from latentlab.typing import Array, Bool, Int, Params
 
 
@@ -83,7 +83,9 @@ class Evaluator:
       )
       self._found, self._continue = self._found_in_text, compile(self._continuations)
     else:
-      self._task = needle_task(data, num_needles or None, num_queries or None)
+      self._task = synthetic_task(
+        data, "multi_needle", num_needles=num_needles or None, num_queries=num_queries or None
+      )
       if self._length < self._task.shortest:
         raise ValueError(
           f"seq_length={self._length} of a needles evaluation is too short for {self._task}; it "
