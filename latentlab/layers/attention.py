@@ -161,9 +161,9 @@ def own_keys(
   Raises:
     ValueError: the context names keys by their slots, which a ring gives to others.
   """
-  # With the length sharded, queries stay where they are, and every device gathers the keys; those
-  # of a window it has of its neighbours.
-  length = "act_length" if mask.kind == "sliding_window" and context.in_place else None
+  # With the length sharded, the op brings the keys in place to the queries: keys that are on every
+  # device already would be gathered twice. Those of a cache are.
+  length = "act_length" if context.in_place else None
   axes = ("act_batch", length, "act_kv_heads", None)
   k, v = nn.with_logical_constraint(k, axes), nn.with_logical_constraint(v, axes)
   # The first tokens of rows attend among themselves, whatever slots the cache gives them.
@@ -263,7 +263,8 @@ def attend(
   k, v = seen.k.astype(q.dtype), seen.v.astype(q.dtype)
   options = seen.conditions | dict(mask=mask) | biases
   spec = mesh_spec("act_batch", "act_length", "act_heads", None)
-  if seen.gathered is not None and all(x is None for x in biases.values()):
+  others = (*biases.values(), context.allowed, context.key_bias)
+  if seen.gathered is not None and all(x is None for x in others):
     k, v, kv_segment_ids = seen.gathered
     documents = dict(segment_ids=seen.segment_ids, kv_segment_ids=kv_segment_ids)
     return ops.flash_attention(q, k, v, **documents, spec=spec)
