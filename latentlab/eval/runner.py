@@ -1,7 +1,7 @@
 """Evaluations by name, as `config.evals` lists them.
 
 An evaluator is a module with a class `Evaluator(task, data, compile, **fields)` whose
-`run(params)` yields `(name, value)` pairs.
+`run(params)` yields `(name, value)` pairs. README.md beside this file lists them.
 """
 
 import dataclasses
