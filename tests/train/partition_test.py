@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import itertools
 import math
 import re
 
@@ -21,6 +22,7 @@ VOCAB, LENGTH, ROWS = 64, 16, 16
 MODELS = {
   "transformer": dict(num_kv_heads=2),
   "retnet": dict(chunk_size=4),
+  "yoco": dict(num_kv_heads=2, self_attention="sliding_window", window=3),
 }
 LAYOUTS = {
   "data": dict(data=8),
@@ -122,8 +124,10 @@ def _difference(got, want):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+  "model, layout",
+  [*itertools.product(("transformer", "retnet"), LAYOUTS), ("yoco", "mixed")],
+)
 def test_every_layout_trains_to_equal_parameters(model, layout):
   want_first, want = _run(model, "one device")
   first, got = _run(model, layout)
@@ -143,12 +147,12 @@ def test_accumulation_equals_the_whole_batch_on_a_mesh(layout):
   assert _difference(got["sgd"][0], want["sgd"][0]) < 1e-5
 
 
-def _collectives(trainer):
-  """Counts the collectives of the compiled step."""
+def _collectives(trainer, shapes=r".*?"):
+  """Counts the collectives of the compiled step, those of arrays of some shapes."""
   state, batch = trainer.init(jax.random.key(0)), trainer.place(_batch(0))
   text = trainer.lower(state, batch).compile().as_text()
   kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-  names = re.findall(rf"= .*? ({kinds})(?:-start)?\(", text)
+  names = re.findall(rf"= {shapes} ({kinds})(?:-start)?\(", text)
   return {name: names.count(name) for name in set(names)}
 
 
@@ -186,6 +190,13 @@ def test_tensor_parallelism_reduces_activations():
 )
 def test_a_sharded_sequence_gathers_keys_or_passes_states(model, collective):
   assert _collectives(_trainer(_config(model, "seq"))).get(collective, 0) > 0
+
+
+def test_yoco_09_a_sharded_sequence_gathers_the_shared_keys_once():
+  """Of arrays `B S K H`; the self-decoder's scanned layers pass theirs on, there and back."""
+  trainer = _trainer(_config("yoco", "seq", **{"model.num_layers": 6}))
+  found = _collectives(trainer, shapes=r"\(?f32\[\d+,\d+,\d+,\d+\].*?")
+  assert found == {"all-gather": 1, "reduce-scatter": 1, "collective-permute": 2}
 
 
 @pytest.mark.parametrize("layout", ["mixed", "pmap"])
