@@ -226,7 +226,7 @@ def test_removing_the_gate_reverts_to_the_transformers_split():
 @pytest.mark.parametrize(
   "fields, message",
   [
-    (dict(name="lstm"), r"choose one of \['h3', 'hyena', 'linear_transformer', 'retnet', 'rwkv'"),
+    (dict(name="lstm"), r"choose one of \['diff_transformer', 'diff_transformer_v2', 'h3'"),
     (dict(name="retnet", preset="9b"), "unknown config.model.preset='9b'"),
     (dict(name="retnet", preset="1b3", num_head=3), "num_heads"),
     (dict(name="transformer", num_layers=2), r"lacks \['embed_dim', 'num_heads'\]"),
