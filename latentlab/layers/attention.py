@@ -15,6 +15,7 @@ from latentlab.layers.common import (
   mesh_spec,
   output_projection,
 )
+from latentlab.layers.norms import HeadNorm
 from latentlab.layers.positions import PositionConfig
 from latentlab.typing import Array, Bool, DTypeLike, Float, Int
 
@@ -32,6 +33,8 @@ class AttentionConfig:
     shared_kv: Whether keys and values are the decoder's, which it projects once for all such
       layers; this one then has queries and an output alone.
     logit_bits: Rounds scores to so many bits, for evaluations; not at all if `None`.
+    head_norm: Whether an RMS norm of each head with a scale follows, as in differential attention
+      but for its factor (table 6 of https://arxiv.org/abs/2410.05258).
   """
 
   kind: ClassVar[str] = "attention"
@@ -43,6 +46,7 @@ class AttentionConfig:
   mask: ops.Mask = ops.Mask("causal")
   shared_kv: bool = False
   logit_bits: int | None = None
+  head_norm: bool = False
 
   def __post_init__(self):
     check_attention(self)
@@ -322,6 +326,8 @@ class Attention(nn.Module):
       out = self._by_maps(q, seen, context, biases)
     else:
       out = attend(q, seen, context, c.mask, biases)
+    if c.head_norm:
+      out = HeadNorm("rms", eps=1e-5, affine=True, name="head_norm")(out)
     out = nn.with_logical_constraint(
       seen.checked(out).astype(self.shared.dtype), ("act_batch", "act_length", "act_heads", None)
     )

@@ -67,7 +67,8 @@ def retnet(
     rope_base: Wave length base of the rotation.
     rope_grid: `linspace` as the original release, or `rope`.
     rope_layout: Which features are a pair.
-    decay: `linspace` as the paper's experiments, `pow2` (equation 8), `one`, `const` or `custom`.
+    decay: `linspace` as the paper's experiments, `pow2` (equation 8), `one`, `const`, `custom`, or
+      `gated` by each token (YOCO's gRetNet).
     decay_value: The decay of `const`.
     decay_values: Those of `custom`, one a head.
     gate: Whether a swish gate multiplies the output.

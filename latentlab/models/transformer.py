@@ -43,6 +43,7 @@ def transformer(
   mask: str = "causal",
   mask_size: int | None = None,
   logit_bits: int | None = None,
+  head_norm: bool = False,
   **options: Any,
 ) -> LanguageModelConfig:
   """A Transformer language model.
@@ -69,6 +70,7 @@ def transformer(
     mask_size: Window or block of the mask; as `None`, the window is `train_length` and the block
       half of it, as the xPos paper has them (section 3.3).
     logit_bits: Rounds scores to so many bits, for evaluations; see `ops.attention_maps`.
+    head_norm: Whether an RMS norm of each head follows attention.
     **options: Of `language_model.stack`, `vocab_size` and `num_layers` among them.
 
   Raises:
@@ -96,6 +98,7 @@ def transformer(
     ),
     mask=inference_mask(mask, mask_size, train_length),
     logit_bits=logit_bits,
+    head_norm=head_norm,
   )
   if mlp_dim is None:
     mlp_dim = default_width(feed_forward, embed_dim)

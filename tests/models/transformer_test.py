@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from latentlab.layers import RingCache
+from latentlab.layers import AttentionConfig, RingCache, initializers
+from latentlab.layers.common import Context, Shared
 from latentlab.models import (
   LanguageModel,
   build_config,
@@ -20,6 +21,7 @@ from latentlab.models import (
 )
 
 VOCAB, HALF = 23, 3
+_DEPTH = dict(num_layers=1, embed_dim=8)
 SIZES = dict(
   name="transformer", num_layers=2, embed_dim=16, num_heads=2, train_length=2 * HALF, unroll=1
 )
@@ -230,3 +232,33 @@ def test_sizes_of_masks_and_decay_follow_the_trained_length():
   ):
     with pytest.raises(ValueError, match=message):
       build(**fields)
+
+
+def test_a_norm_of_each_head_follows_attention():
+  """By hand, from the heads of attention without it; and token by token."""
+  x = jax.random.normal(jax.random.key(0), (2, 5, 8))
+  shared = Shared(embed_dim=8, dtype=jnp.float32, init=initializers.make("linear", **_DEPTH))
+  context = Context(positions=jnp.arange(5)[None], in_place=True)
+  plain, normed = (
+    AttentionConfig(num_heads=2, head_dim=4, head_norm=norm).module(shared, name="mixer")
+    for norm in (False, True)
+  )
+  params = nn.unbox(normed.init(jax.random.key(1), x, context))["params"]
+  kernel, scale = params["out_proj"]["kernel"], jnp.array([0.5, 2.0, -1.0, 3.0])
+  params["head_norm"] = {"scale": scale}
+  as_it_is = {"kernel": jnp.eye(8).reshape(2, 4, 8)}
+  heads, _ = plain.apply({"params": params | {"out_proj": as_it_is}}, x, context)
+  heads = np.float64(heads).reshape(2, 5, 2, 4)
+  heads /= np.sqrt(np.square(heads).mean(-1, keepdims=True) + 1e-5)
+  want = np.einsum("btnh,nhd->btd", heads * np.float64(scale), np.float64(kernel))
+  got, _ = normed.apply({"params": params}, x, context)
+  np.testing.assert_allclose(got, want, atol=1e-5)
+  config = build_config(SIZES | dict(head_norm=True), VOCAB)
+  model, tokens = LanguageModel(config), _tokens(6)
+  params = nn.unbox(model.init(jax.random.key(1), tokens))["params"]
+  want = _logits(model, params, tokens)
+  cache, pieces = init_cache(config, 2, 6), []
+  for begin, end in ((0, 3), (3, 4), (4, 6)):
+    logits, cache = _read(model, params, tokens[:, begin:end], cache)
+    pieces.append(logits)
+  np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), want, atol=1e-5)
