@@ -1,0 +1,168 @@
+"""What the Differential Transformer's tables share: models, recipes, and one `get_config`.
+
+A run is a model under a recipe: `diff_3b` is the paper's main model, `diff_ablation` that of table
+6. Tables name the runs of their rows, so that tables of one recipe share what they train.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from experiments.configs import common
+
+RUNS = "runs"
+
+# What a model differs in, and how many heads it has of a Transformer's.
+MODELS: dict[str, tuple[str, dict[str, Any], float]] = {
+  "transformer": ("Transformer", dict(name="transformer"), 1),
+  "transformer_wide": (
+    "Transformer, half of the heads and each twice as wide",
+    dict(name="transformer"),
+    0.5,
+  ),
+  "transformer_norm": (
+    "the same, with a norm of each head",
+    dict(name="transformer", head_norm=True),
+    0.5,
+  ),
+  "diff": ("Differential Transformer", dict(name="diff_transformer"), 0.5),
+  "diff_no_norm": (
+    "no norm of each head, nor its factor",
+    dict(name="diff_transformer", head_norm=False),
+    0.5,
+  ),
+  "diff_init_0.8": ("lambda_init 0.8", dict(name="diff_transformer", lambda_init=0.8), 0.5),
+  "diff_init_0.5": ("lambda_init 0.5", dict(name="diff_transformer", lambda_init=0.5), 0.5),
+  # Its queries are twice as many; a narrower feed-forward makes up for them.
+  "diff_v2": ("its successor V2", dict(name="diff_transformer_v2"), 1),
+}
+
+# Layers, width and a Transformer's heads; what the paper calls them.
+SIZES = {
+  "830m": (24, 1536, 16),
+  "1b4": (24, 2048, 16),
+  "2b8": (32, 2560, 20),
+  "6b8": (32, 4096, 32),
+  "13b1": (40, 5120, 40),
+  "3b": (28, 3072, 24),
+}
+
+# Sections 3.1, 3.2 and 3.8, tables 9 and 11, appendix C. A step has 0.25M, 4M or 1M tokens:
+# runs are of 10B (scaling), 350B or 1T (3B), 1.5B (64K), 20B and 2B (mathematics).
+_SCALING = dict(size="1b4", seq_length=2048, step=2**18, steps=40_000, b2=0.98, weight_decay=0.05)
+_MAIN = dict(size="3b", seq_length=4096, step=2**22, steps=83_446, b2=0.95, weight_decay=0.1)
+_MAIN |= dict(peak_lr=3.2e-4, warmup=1000, end=0.04)
+# Warm-up and decay of what follows are unknown: there is none here.
+_FURTHER = dict(warmup=0, end=1.0, after="3b")
+PAPER: dict[str, dict[str, Any]] = {
+  "ablation": _SCALING | dict(peak_lr=1.5e-4, warmup=375, end=0.0),
+  **{
+    size: _SCALING | dict(size=size, peak_lr=lr, warmup=375, end=0.0)
+    for size, lr in (("830m", 1.5e-4), ("2b8", 1.5e-4), ("6b8", 7.5e-5), ("13b1", 7.5e-5))
+  },
+  "3b": _MAIN,
+  "3b_1t": _MAIN | dict(steps=238_419),
+  "64k": _MAIN | _FURTHER | dict(seq_length=65_536, steps=358, peak_lr=8e-5, rope_base=640_000.0),
+  "math": _MAIN | _FURTHER | dict(steps=4_768, peak_lr=8e-5),
+  "reasoning": _MAIN | _FURTHER | dict(step=2**20, steps=1_907, peak_lr=1e-5, after="math"),
+}
+
+# Of the synthetic tasks and of bytes: layers, width, heads; window, rows, steps, rate.
+SMALL: dict[str, tuple[int, int, int, int, int, int, float]] = {
+  "ablation": (3, 96, 8, 128, 8, 800, 2e-3),
+}
+
+SCALES = {
+  "paper": "The paper's recipe; corpus and tokenizer are not public, and whether 3B shares keys "
+  "among heads is unknown.",
+  "small": "332k parameters (without embeddings) on bytes of Python's standard library, 800 steps "
+  "of 8 windows of 128. Losses are nats per byte; AR-hit is of bytes that end a pair of the "
+  "context.",
+}
+
+# The models whose logits are quantised and looked at.
+_MEASURED = ("transformer", "diff", "diff_v2")
+BITS = (16, 8, 6, 4)
+
+
+def runs() -> dict[str, tuple[str, str]]:
+  """The model and the recipe of each run."""
+  pairs = {"ablation": MODELS}
+  pairs |= {recipe: ("transformer", "diff") for recipe in PAPER if recipe not in pairs}
+  return {f"{m}_{recipe}": (m, recipe) for recipe, models in pairs.items() for m in models}
+
+
+def row(model: str, recipe: str, expected: Mapping[str, float | None], **fields: Any) -> dict:
+  """A row of a table: a model under a recipe."""
+  return dict(about=MODELS[model][0], run=f"{model}_{recipe}", expected=expected) | fields
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+  """A run, with the arguments `row`, `scale`, `smoke` and `seed`."""
+  arg = common.parse_arg(arg, row=tuple(runs()), scale=tuple(SCALES), smoke=False, seed=0)
+  name, recipe = runs()[arg.row]
+  known = PAPER if arg.scale == "paper" else SMALL
+  if recipe not in known:
+    raise ValueError(f"row={arg.row!r} has no scale={arg.scale!r}; choose another")
+  c = common.language_model(seed=arg.seed)
+  _, fields, heads = MODELS[name]
+  if arg.scale == "paper":
+    num_layers, embed_dim, num_heads = _paper(c, known[recipe], name)
+  else:
+    num_layers, embed_dim, num_heads = _small(c, known[recipe])
+  # The original release's layers; its epsilon.
+  sizes = dict(num_layers=num_layers, embed_dim=embed_dim, num_heads=int(num_heads * heads))
+  c.model = common.model(**fields, **sizes, feed_forward="swiglu", init="linear", norm_eps=1e-5)
+  if name == "diff_v2":
+    c.model.mlp_dim = 7 * embed_dim // 3
+  if arg.scale == "paper":
+    c.model.update(dtype="bfloat16", remat="full", loss_chunk_size=12_536)
+    c.model.rope_base = known[recipe].get("rope_base", 10_000.0)
+  _EVALS.get(recipe, _text)(c, name, arg.scale)
+  if arg.smoke:
+    common.smoke(c)
+    c.init_from = ""
+  return c
+
+
+def _paper(c: ml_collections.ConfigDict, r: Mapping[str, Any], model: str) -> tuple[int, int, int]:
+  c.data.update(tokenizer="bpe", vocab_size=100_288, seq_length=r["seq_length"])
+  c.batch_size = r["step"] // r["seq_length"]
+  c.optimizer.update(name="adamw", peak_lr=r["peak_lr"], warmup_steps=r["warmup"])
+  c.optimizer.update(schedule="linear", end_lr_ratio=r["end"])
+  c.optimizer.update(b1=0.9, b2=r["b2"], weight_decay=r["weight_decay"])
+  c.train_steps, c.log_steps, c.checkpoint_steps = r["steps"], 50, 500
+  if "after" in r:  # Where `experiments.tables` leaves it.
+    c.init_from = f"runs/diff_transformer_{RUNS}_paper/{model}_{r['after']}/seed{c.seed}"
+  return SIZES[r["size"]]
+
+
+def _small(c: ml_collections.ConfigDict, sizes: tuple) -> tuple[int, int, int]:
+  *model, seq_length, batch_size, steps, peak_lr = sizes
+  c.data.update(tokenizer="bytes", vocab_size=0, seq_length=seq_length)
+  c.batch_size = batch_size
+  c.optimizer.update(name="adamw", peak_lr=peak_lr, warmup_steps=steps // 20)
+  c.optimizer.update(schedule="linear", end_lr_ratio=0.0, b1=0.9, b2=0.98, weight_decay=0.05)
+  c.train_steps, c.log_steps, c.checkpoint_steps = steps, 20, steps // 4
+  return tuple(model)
+
+
+def _text(c: ml_collections.ConfigDict, model: str, scale: str) -> None:
+  """Loss, split by recall; for some models, logits quantised and looked at."""
+  small = scale == "small"
+  batches = 128 if small else 16
+  options = dict(split="validation", every_steps=c.train_steps if small else 1_000)
+  loss = dict(type="perplexity", max_batches=batches, **options)
+  c.evals = dict(validation=loss | dict(recall_order=2))
+  if small:  # A pair of bytes says little; four are as long as a paper's token.
+    c.evals.validation_4 = loss | dict(recall_order=4)
+  if model in _MEASURED:
+    fewer = options | dict(max_batches=batches // 4, every_steps=c.train_steps)
+    c.evals.activations = dict(type="activations", **fewer)
+    for bits in BITS:
+      c.evals[f"bits_{bits}"] = dict(type="perplexity", model=dict(logit_bits=bits), **fewer)
+    c.evals.bits_all = dict(type="perplexity", **fewer)
+
+
+_EVALS: dict[str, Any] = {}
