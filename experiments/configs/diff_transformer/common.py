@@ -70,13 +70,13 @@ PAPER: dict[str, dict[str, Any]] = {
 
 # Of the synthetic tasks and of bytes: layers, width, heads; window, rows, steps, rate.
 SMALL: dict[str, tuple[int, int, int, int, int, int, float]] = {
-  "ablation": (3, 96, 8, 128, 8, 800, 2e-3),
+  "ablation": (3, 64, 8, 128, 8, 600, 3e-3),
 }
 
 SCALES = {
   "paper": "The paper's recipe; corpus and tokenizer are not public, and whether 3B shares keys "
   "among heads is unknown.",
-  "small": "332k parameters (without embeddings) on bytes of Python's standard library, 800 steps "
+  "small": "147k parameters (without embeddings) on bytes of Python's standard library, 600 steps "
   "of 8 windows of 128. Losses are nats per byte; AR-hit is of bytes that end a pair of the "
   "context.",
 }
@@ -151,7 +151,7 @@ def _small(c: ml_collections.ConfigDict, sizes: tuple) -> tuple[int, int, int]:
 def _text(c: ml_collections.ConfigDict, model: str, scale: str) -> None:
   """Loss, split by recall; for some models, logits quantised and looked at."""
   small = scale == "small"
-  batches = 128 if small else 16
+  batches = 64 if small else 16
   options = dict(split="validation", every_steps=c.train_steps if small else 1_000)
   loss = dict(type="perplexity", max_batches=batches, **options)
   c.evals = dict(validation=loss | dict(recall_order=2))
