@@ -1,28 +1,56 @@
 """Weights of other libraries' models, in and out, and the states of ours.
 
 An importer is `(state, fields) -> Imported`: what a file holds, and fields of `config.model` that
-it does not tell; the next one is a line of `IMPORTERS`.
+it does not tell, some of which the library's own configuration file may (`CONFIG_FILES`). The next
+library is a line of each table.
 """
 
-from latentlab.interop import torchscale
-from latentlab.interop.files import read, write
+from latentlab.interop import diff_transformer, diffllama, torchscale, yoco
+from latentlab.interop.files import read, read_json, write
 from latentlab.interop.states import load_state, save_state
-from latentlab.interop.weights import Entry, Imported, StateDict, export_weights, import_weights
+from latentlab.interop.weights import (
+  ConfigFile,
+  Entry,
+  Imported,
+  StateDict,
+  export_weights,
+  import_weights,
+  parameter_shapes,
+)
 
-IMPORTERS = {"torchscale": torchscale.import_model}
-EXPORTERS = {"torchscale": torchscale.export_model}
+IMPORTERS = {
+  "diffllama": diffllama.import_model,
+  "torchscale": torchscale.import_model,
+  "yoco": yoco.import_model,
+}
+EXPORTERS = {
+  "diffllama": diffllama.export_model,
+  "torchscale": torchscale.export_model,
+  "yoco": yoco.export_model,
+}
+CONFIG_FILES = {
+  "diffllama": ConfigFile("config.json", diffllama.config_fields, diffllama.make_config),
+  "yoco": ConfigFile("params.json", yoco.config_fields, yoco.make_config),
+}
 
 __all__ = [
+  "CONFIG_FILES",
   "EXPORTERS",
   "IMPORTERS",
+  "ConfigFile",
   "Entry",
   "Imported",
   "StateDict",
+  "diff_transformer",
+  "diffllama",
   "export_weights",
   "import_weights",
   "load_state",
+  "parameter_shapes",
   "read",
+  "read_json",
   "save_state",
   "torchscale",
   "write",
+  "yoco",
 ]

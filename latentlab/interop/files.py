@@ -1,5 +1,6 @@
 """Files of named tensors: safetensors, and torch's where they hold tensors alone."""
 
+import json
 import pathlib
 import pickle
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ import numpy as np
 from latentlab.interop.weights import StateDict
 
 _TORCH = (".pt", ".pth", ".bin")
+_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def read(path: str | pathlib.Path) -> StateDict:
@@ -17,12 +19,15 @@ def read(path: str | pathlib.Path) -> StateDict:
 
   Args:
     path: A `.safetensors` file, or one of torch (`.pt`, `.pth`, `.bin`), which is read without
-      running what a pickle may hold.
+      running what a pickle may hold; or a folder with `model.safetensors`, or with the files that
+      its `model.safetensors.index.json` lists.
 
   Raises:
     ValueError: there is no such file, or it is none of these.
   """
   path = pathlib.Path(path)
+  if path.is_dir():
+    return read(path / _WHOLE) if (path / _WHOLE).is_file() else _read_shards(path)
   if not path.is_file():
     raise ValueError(f"{str(path)!r} is no file; give one of tensors.")
   if path.suffix == ".safetensors":
@@ -52,6 +57,48 @@ def write(
     raise ValueError(f"{str(path)!r} has to end in .safetensors, which is what is written.")
   state = {name: np.ascontiguousarray(x) for name, x in state.items()}
   save_file(state, path, None if metadata is None else dict(metadata))
+
+
+def read_json(path: str | pathlib.Path) -> dict[str, Any]:
+  """Reads a file that holds one JSON object.
+
+  Raises:
+    ValueError: it cannot be read, or holds something else.
+  """
+  try:
+    found = json.loads(pathlib.Path(path).read_text("utf-8"))
+  except OSError as e:
+    raise ValueError(f"{str(path)!r} cannot be read: {e.strerror}.") from e
+  except ValueError as e:
+    raise ValueError(f"{str(path)!r} is no JSON: {e}") from e
+  if not isinstance(found, dict):
+    raise ValueError(f"{str(path)!r} holds no JSON object, but a {type(found).__name__}.")
+  return found
+
+
+def _read_shards(folder: pathlib.Path) -> StateDict:
+  """Tensors of several files, each of them in the one that the index says."""
+  if not (folder / _INDEX).is_file():
+    raise ValueError(
+      f"{str(folder)!r} holds neither {_WHOLE} nor {_INDEX}; give the file of weights itself, or "
+      "convert them to safetensors."
+    )
+  places = read_json(folder / _INDEX).get("weight_map")
+  if not isinstance(places, dict) or not all(isinstance(x, str) for x in places.values()):
+    raise ValueError(f"{str(folder / _INDEX)!r} has no weight_map from names to files.")
+  state = {}
+  for file in sorted(set(places.values())):
+    if pathlib.Path(file).name != file or not file.endswith(".safetensors"):
+      raise ValueError(f"{str(folder / _INDEX)!r} lists {file!r}, no .safetensors file beside it.")
+    found = read(folder / file)
+    listed = {name for name, place in places.items() if place == file}
+    if found.keys() != listed:
+      raise ValueError(
+        f"{str(folder / file)!r} does not hold what {_INDEX} says: they differ in "
+        f"{sorted(found.keys() ^ listed)}"
+      )
+    state |= found
+  return state
 
 
 def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:

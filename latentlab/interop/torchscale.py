@@ -6,7 +6,6 @@ parallel form, `"decay"` for the recurrent one, and `"torchscale"` with a `chunk
 chunkwise one. Under an epsilon of zero every normalization, `"none"` among them, gives all three.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,8 +16,11 @@ from latentlab.interop.weights import (
   Entry,
   Imported,
   StateDict,
+  check_told,
+  count_layers,
   export_weights,
   import_weights,
+  parameter_shapes,
   without_prefix,
 )
 from latentlab.models import LanguageModelConfig, build_config, retnet
@@ -78,9 +80,7 @@ def import_model(state: StateDict, fields: Mapping[str, Any]) -> Imported:
   Raises:
     ValueError: a field is untold; names or shapes are not those of such a model.
   """
-  if untold := {name: hint for name, hint in _UNTOLD.items() if name not in fields}:
-    hints = "; ".join(f"{name} ({hint})" for name, hint in untold.items())
-    raise ValueError(f"torchscale's weights do not tell all of the model; give {hints}")
+  check_told("torchscale", fields, _UNTOLD)
   state = without_prefix(state, "decoder.")
   section = {"name": "retnet", **_sizes(state), **fields}
   if _FINAL_NORM.theirs not in state and section.get("residual") != "deepnorm":
@@ -101,7 +101,7 @@ def import_model(state: StateDict, fields: Mapping[str, Any]) -> Imported:
     buffers.add(_HEAD.theirs)
   table = entries(tied=tied, deepnorm=section["residual"] == "deepnorm")
   weights = {name: x for name, x in state.items() if name not in buffers}
-  return Imported(section, vocab_size, import_weights(table, weights, config))
+  return Imported(section, vocab_size, import_weights(table, weights, parameter_shapes(config)))
 
 
 def export_model(config: LanguageModelConfig, params: Params) -> StateDict:
@@ -166,7 +166,6 @@ def _sizes(state: StateDict) -> dict[str, Any]:
       f"the weights are not those of torchscale's RetNet: {missing} are missing among "
       f"{sorted(state)[:20]}"
     )
-  layers = {int(m[1]) for name in state if (m := re.match(r"layers\.(\d+)\.", name))}
   num_heads, (width, embed_dim) = len(state[decay]), state[query].shape
   head_dim, (values, _) = width // num_heads, state[value].shape
   if width % num_heads or values % num_heads:
@@ -174,7 +173,7 @@ def _sizes(state: StateDict) -> dict[str, Any]:
   if not np.allclose(state[angle], _angles(head_dim), rtol=1e-5, atol=0):
     raise ValueError(f"{angle} is not what torchscale rotates by; other rotations are not known")
   return dict(
-    num_layers=len(layers),
+    num_layers=count_layers(state, "layers."),
     embed_dim=embed_dim,
     num_heads=num_heads,
     head_dim=head_dim,

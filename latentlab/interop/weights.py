@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,11 +12,26 @@ from flax import linen as nn
 from flax import traverse_util
 
 from latentlab.models import LanguageModel, LanguageModelConfig
-from latentlab.typing import Params
+from latentlab.typing import Int, Params
 
 StateDict = dict[str, np.ndarray]
 
-_LAYER = "decoder/stage_0/block_0/"
+# Fields that change how a model is computed or trained, and not what its weights give.
+_NOT_OF_WEIGHTS = {
+  "chunk_size",
+  "dropout_rate",
+  "dtype",
+  "float32_activation",
+  "implementation",
+  "init",
+  "lambda_std",
+  "loss_chunk_size",
+  "max_length",
+  "remat",
+  "unroll",
+}
+_OF_XPOS = {"center", "gamma", "scale_base"}
+_DEFAULTED = {"num_kv_heads": "kv_heads", "value_head_dim": "value_dim"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,19 +50,38 @@ class Imported:
 
 
 @dataclasses.dataclass(frozen=True)
+class ConfigFile:
+  """The JSON file that a library writes beside weights.
+
+  Attributes:
+    name: Of the file.
+    fields: From what it holds to fields of `config.model`.
+    make: From a model to what it holds.
+  """
+
+  name: str
+  fields: Callable[[Mapping[str, Any]], dict[str, Any]]
+  make: Callable[[LanguageModelConfig], dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
 class Entry:
   """One array, theirs and ours.
 
   Attributes:
-    theirs: Its name, with `{layer}` where every layer has one.
+    theirs: Its name, with `{layer}` where every layer of a stage has one.
     ours: Its `/`-joined path, of a layer within its block.
     contracted: Axes in front that a projection contracts, whose kernel they hold as the transposed
       matrix `[out, in]`; 0 for arrays that they hold as we do.
+    stage: The stage whose layers these are.
+    rows: Which of their rows each of ours is; `None` where they are in the same order.
   """
 
   theirs: str
   ours: str
   contracted: int = 0
+  stage: int = 0
+  rows: Int[np.ndarray, "rows"] | None = dataclasses.field(default=None, compare=False)
 
   @property
   def layered(self) -> bool:
@@ -54,14 +89,15 @@ class Entry:
 
   @property
   def path(self) -> str:
-    return (_LAYER if self.layered else "") + self.ours
+    return (f"decoder/stage_{self.stage}/block_0/" if self.layered else "") + self.ours
 
   def to_theirs(self, x: np.ndarray) -> np.ndarray:
-    if not self.contracted:
-      return x
-    return x.reshape(math.prod(x.shape[: self.contracted]), -1).T
+    if self.contracted:
+      x = x.reshape(math.prod(x.shape[: self.contracted]), -1).T
+    return x if self.rows is None else x[np.argsort(self.rows)]
 
   def to_ours(self, x: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    x = x if self.rows is None else x[self.rows]
     return (x.T if self.contracted else x).reshape(shape)
 
   def their_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
@@ -71,17 +107,18 @@ class Entry:
 
 
 def export_weights(entries: Iterable[Entry], params: Params) -> StateDict:
-  """Parameters (or their gradients) of a decoder of equal layers, by the names of a table.
+  """Parameters (or their gradients) of a module by the names of a table.
+
+  Args:
+    entries: The table.
+    params: Of a model whose stages are of equal layers, or of one module.
 
   Raises:
     ValueError: the table and the parameters do not cover each other.
   """
   flat = traverse_util.flatten_dict(nn.unbox(params), sep="/")
   by_path = {entry.path: entry for entry in entries}
-  if flat.keys() != by_path.keys():
-    raise ValueError(
-      f"the model's parameters are not those of the table: {sorted(flat.keys() ^ by_path.keys())}"
-    )
+  _check_covered(flat, by_path)
   state = {}
   for path, entry in by_path.items():
     x = np.asarray(flat[path])
@@ -92,39 +129,42 @@ def export_weights(entries: Iterable[Entry], params: Params) -> StateDict:
   return state
 
 
-def import_weights(
-  entries: Iterable[Entry], state: StateDict, config: LanguageModelConfig
-) -> Params:
-  """The inverse of `export_weights`, for the model of `config`.
+def import_weights(entries: Iterable[Entry], state: StateDict, shapes: Params) -> Params:
+  """The inverse of `export_weights`.
+
+  Args:
+    entries: The table.
+    state: Arrays by its names.
+    shapes: A tree with the shapes of the parameters; see `parameter_shapes`.
 
   Raises:
     ValueError: names are missing or unexpected, or shapes differ; all of them are listed.
   """
-  flat = traverse_util.flatten_dict(parameter_shapes(config), sep="/")
-  num_layers = config.decoder.num_layers
+  flat = traverse_util.flatten_dict(shapes, sep="/")
+  by_path = {entry.path: entry for entry in entries}
+  _check_covered(flat, by_path)
   params, seen, missing, wrong = {}, set(), [], []
-  for entry in entries:
-    whole = flat[entry.path].shape
-    shape = whole[1:] if entry.layered else whole
-    arrays = []
-    for i in range(num_layers if entry.layered else 1):
-      name = entry.theirs.format(layer=i)
-      seen.add(name)
+  for path, entry in by_path.items():
+    shape, names = flat[path].shape, [entry.theirs]
+    if entry.layered:
+      names, shape = [entry.theirs.format(layer=i) for i in range(shape[0])], shape[1:]
+    seen |= set(names)
+    arrays, want = [], entry.their_shape(shape)
+    for name in names:
       if name not in state:
         missing.append(name)
-      elif state[name].shape != (want := entry.their_shape(shape)):
+      elif state[name].shape != want:
         wrong.append(f"{name} is {state[name].shape}, the model has {want}")
       else:
         arrays.append(entry.to_ours(state[name], shape))
-    if len(arrays) == (num_layers if entry.layered else 1):
-      params[entry.path] = np.stack(arrays) if entry.layered else arrays[0]
+    if len(arrays) == len(names):
+      params[path] = np.stack(arrays) if entry.layered else arrays[0]
   unexpected = sorted(state.keys() - seen)
   if missing or wrong or unexpected:
     raise ValueError(
       f"the weights are not those of the model: missing {missing}, unexpected {unexpected}, "
       f"of another shape {wrong}"
     )
-  assert params.keys() == flat.keys(), params.keys() ^ flat.keys()
   return traverse_util.unflatten_dict(params, sep="/")
 
 
@@ -135,8 +175,91 @@ def parameter_shapes(config: LanguageModelConfig) -> Params:
   return nn.unbox(variables)["params"]
 
 
-def without_prefix(state: Mapping[str, np.ndarray], prefix: str) -> StateDict:
-  """Names without a prefix that all of them have."""
-  if all(name.startswith(prefix) for name in state):
-    return {name.removeprefix(prefix): x for name, x in state.items()}
+def without_prefix(state: Mapping[str, np.ndarray], *prefixes: str) -> StateDict:
+  """Names without the first of the prefixes that all of them have."""
+  for prefix in prefixes:
+    if all(name.startswith(prefix) for name in state):
+      return {name.removeprefix(prefix): x for name, x in state.items()}
   return dict(state)
+
+
+def count_layers(state: Iterable[str], prefix: str) -> int:
+  """How many layers are named behind a prefix."""
+  pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
+  return len({m[1] for name in state if (m := pattern.match(name))})
+
+
+def sizes_from(library: str, state: StateDict, names: Mapping[str, str]) -> dict[str, np.ndarray]:
+  """The arrays whose shapes tell a model's sizes.
+
+  Args:
+    library: Whose weights they should be.
+    state: The weights.
+    names: The arrays' names, by what they are called in the result.
+
+  Raises:
+    ValueError: some are missing, or are no matrices where names end in `weight`.
+  """
+  if missing := [name for name in names.values() if name not in state]:
+    raise ValueError(
+      f"the weights are not those of {library}: {missing} are missing among {sorted(state)[:20]}"
+    )
+  found = {key: state[name] for key, name in names.items()}
+  for key, name in names.items():
+    if name.endswith(".weight") and found[key].ndim != 2:
+      raise ValueError(f"{name} is {found[key].shape}, which is no matrix")
+  return found
+
+
+def check_told(library: str, fields: Mapping[str, Any], hints: Mapping[str, str]) -> None:
+  """Raises a `ValueError` for fields that weights do not tell, with hints what they may be."""
+  if untold := {name: hint for name, hint in hints.items() if fields.get(name) is None}:
+    listed = "; ".join(f"{name} ({hint})" for name, hint in untold.items())
+    raise ValueError(f"{library}'s weights do not tell all of the model; give {listed}")
+
+
+def check_same(library: str, config: LanguageModelConfig, theirs: LanguageModelConfig) -> None:
+  """Raises a `ValueError` that names what a library has otherwise.
+
+  Args:
+    library: Its name.
+    config: Our model.
+    theirs: What the library makes of our model's sizes.
+  """
+  ours, theirs = dict(_leaves(config)), dict(_leaves(theirs))
+  wrong = [
+    f"{path}={ours.get(path)!r} instead of {theirs.get(path)!r}"
+    for path in {**ours, **theirs}
+    if ours.get(path) != theirs.get(path)
+  ]
+  if wrong:
+    raise ValueError(f"{library} has no such model: {', '.join(wrong)}")
+
+
+def mixer_kinds(config: LanguageModelConfig) -> list[str]:
+  """Kinds of the mixers of each stage, of those whose layers are alike; empty for others."""
+  patterns = [stage.pattern for stage in config.decoder.stages]
+  return [] if any(len(p) > 1 for p in patterns) else [p[0].mixer.kind for p in patterns]
+
+
+def _leaves(x: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+  """What a configuration says of a model's mathematics, by dotted names."""
+  if isinstance(x, tuple) and any(map(dataclasses.is_dataclass, x)):
+    for i, item in enumerate(x):
+      yield from _leaves(item, f"{path}[{i}]")
+  elif dataclasses.is_dataclass(x):
+    yield path, type(x).__name__
+    skipped = _NOT_OF_WEIGHTS | (_OF_XPOS if getattr(x, "kind", None) == "rope" else set())
+    for field in dataclasses.fields(x):
+      if field.name not in skipped:
+        value = getattr(x, _DEFAULTED.get(field.name, ""), getattr(x, field.name))
+        yield from _leaves(value, f"{path}.{field.name}".removeprefix("."))
+  else:
+    yield path, x
+
+
+def _check_covered(flat: Mapping[str, Any], by_path: Mapping[str, Entry]) -> None:
+  if flat.keys() != by_path.keys():
+    raise ValueError(
+      f"the model's parameters are not those of the table: {sorted(flat.keys() ^ by_path.keys())}"
+    )
