@@ -3,9 +3,13 @@ r"""Makes a workdir of a model that another library trained, for `evaluate` and 
   python -m experiments.import_weights --from=torchscale --input=retnet.safetensors \
       --workdir=runs/imported --tokenizer=tokenizer.json \
       --set=feed_forward=swiglu --set=scale_embeddings=true
+  python -m experiments.import_weights --from=diffllama --input=diffllama \
+      --workdir=runs/imported --tokenizer=diffllama/tokenizer.json \
+      --set=head_layout=neighbour --set=rope_layout=interleaved
 
-`--set` gives a field of `config.model` that the weights do not tell. Training goes on from the
-workdir with `--config.init_from`.
+`--set` gives a field of `config.model` that the weights do not tell, over what the library's own
+configuration file beside them does (`config.json` of DiffLlama, `params.json` of YOCO). Training
+goes on from the workdir with `--config.init_from`.
 """
 
 import logging
@@ -21,7 +25,12 @@ from latentlab.models import registry
 from latentlab.train import loop
 
 _FROM = flags.DEFINE_enum("from", None, sorted(interop.IMPORTERS), "Library of the weights.")
-_INPUT = flags.DEFINE_string("input", None, "Weights: .safetensors, or torch's .pt, .pth, .bin.")
+_INPUT = flags.DEFINE_string(
+  "input",
+  None,
+  "Weights: .safetensors, or torch's .pt, .pth, .bin; or a folder with model.safetensors, whole or "
+  "in the files of its index.",
+)
 _TOKENIZER = flags.DEFINE_string("tokenizer", "bytes", "'bytes', or a tokenizer's json file.")
 _SEQ_LENGTH = flags.DEFINE_integer(
   "seq_length", 2048, "Window of evaluations, config.data.seq_length.", lower_bound=1
@@ -40,7 +49,8 @@ def main() -> None:
   tokenizer = data_lib.load_tokenizer(_TOKENIZER.value)
   importer = interop.IMPORTERS[_FROM.value]
   try:
-    imported = importer(interop.read(_INPUT.value), _fields(_SET.value))
+    fields = _told(_INPUT.value) | _fields(_SET.value)
+    imported = importer(interop.read(_INPUT.value), fields)
   except ValueError as e:
     raise ValueError(f"--input={_INPUT.value!r} with --set={_SET.value}: {e}") from e
   if tokenizer.vocab_size != imported.vocab_size:
@@ -57,6 +67,19 @@ def main() -> None:
     c.data.tokenizer = str(pathlib.Path(workdir, "tokenizer.json").absolute())
   loop.save(workdir, c, tokenizer, imported.params)
   logger.info("%d tokens, %s, in %s.", imported.vocab_size, section, workdir)
+
+
+def _told(path: str) -> dict[str, Any]:
+  """Fields of a model's section that the library's configuration file beside the weights tells."""
+  file = interop.CONFIG_FILES.get(_FROM.value)
+  folder = pathlib.Path(path) if pathlib.Path(path).is_dir() else pathlib.Path(path).parent
+  if file is None or not (folder / file.name).exists():
+    return {}
+  logger.info("Reading %s beside the weights.", file.name)
+  try:
+    return file.fields(interop.read_json(folder / file.name))
+  except ValueError as e:
+    raise ValueError(f"{file.name}: {e}") from e
 
 
 def _fields(items: list[str]) -> dict[str, Any]:
