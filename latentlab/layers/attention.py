@@ -14,6 +14,7 @@ from latentlab.layers.common import (
   heads_projection,
   mesh_spec,
   output_projection,
+  wanted,
 )
 from latentlab.layers.norms import HeadNorm
 from latentlab.layers.positions import PositionConfig
@@ -318,11 +319,11 @@ class Attention(nn.Module):
         for name, role in (("k_proj", "mixer_in"), ("v_proj", "mixer_value"))
       )
       k = c.positions.rotate_keys(k * c.head_dim**-0.5, context.positions)
-      if cache is None and context.in_place and self.is_mutable_collection("intermediates"):
+      if cache is None and context.in_place and wanted(self, "intermediates"):
         pairs = dict(mask=c.mask, segment_ids=context.segment_ids, valid=context.valid)
         self.sow("intermediates", "distances", ops.scores_by_distance(q, k, **pairs, **biases))
       seen, cache = own_keys(k, v, c.mask, context, cache)
-    if c.logit_bits is not None or self.is_mutable_collection("maps"):
+    if c.logit_bits is not None or wanted(self, "maps"):
       out = self._by_maps(q, seen, context, biases)
     else:
       out = attend(q, seen, context, c.mask, biases)

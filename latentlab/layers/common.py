@@ -79,6 +79,11 @@ class Context:
     return jnp.arange(self.positions.shape[1]) < self.lengths[:, None]
 
 
+def wanted(module: nn.Module, collection: str) -> bool:
+  """Whether a caller asks for what a module would sow; to initialise parameters asks for nothing."""
+  return module.is_mutable_collection(collection) and not module.is_initializing()
+
+
 class Projection(nn.Module):
   """A bias-free linear map of the last axes, `in -> features`, without a reshape in between.
 

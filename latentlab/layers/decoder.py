@@ -21,7 +21,7 @@ from flax import linen as nn
 from latentlab import ops
 from latentlab.layers import initializers
 from latentlab.layers.cache import Cache, DecoderCache
-from latentlab.layers.common import Context, Shared
+from latentlab.layers.common import Context, Shared, wanted
 from latentlab.layers.feed_forward import FeedForward, FeedForwardConfig
 from latentlab.layers.norms import NORMS, residual_norm
 from latentlab.layers.positions import PositionConfig
@@ -264,7 +264,7 @@ class Block(nn.Module):
     feed_forward = FeedForward(c.feed_forward, shared, name="feed_forward")
     y = feed_forward(norm(x) if alpha is None else x)
     x = x + dropout(y) if alpha is None else norm(alpha * x + dropout(y))
-    if self.is_mutable_collection("hidden"):
+    if wanted(self, "hidden"):
       self.sow("hidden", "residual", x)
     return nn.with_logical_constraint(x, ("act_batch", "act_length", "act_embed")), cache
 

@@ -22,7 +22,14 @@ from latentlab.layers.attention import (
   shared_keys,
 )
 from latentlab.layers.cache import Cache
-from latentlab.layers.common import Context, Projection, Shared, mesh_spec, output_projection
+from latentlab.layers.common import (
+  Context,
+  Projection,
+  Shared,
+  mesh_spec,
+  output_projection,
+  wanted,
+)
 from latentlab.layers.norms import HeadNorm
 from latentlab.layers.positions import PositionConfig
 from latentlab.typing import Array, DTypeLike, Float, Int
@@ -175,7 +182,7 @@ class DiffAttention(nn.Module):
       seen, cache = own_keys(k.reshape(batch, length, c.kv_heads, -1), v, c.mask, context, cache)
 
     lam, lambda_init = self._lambda(x, context.layer)
-    if c.logit_bits is not None or self.is_mutable_collection("maps"):
+    if c.logit_bits is not None or wanted(self, "maps"):
       out = self._normed(self._by_maps(q, seen, context, lam), lambda_init)
     elif self._fuses(seen, context):
       out = self._fused(q, seen, context, lam, lambda_init)
