@@ -10,6 +10,7 @@ from typing import Any
 import ml_collections
 
 from experiments.configs import common
+from latentlab.layers.feed_forward import default_width
 
 RUNS = "runs"
 
@@ -76,7 +77,7 @@ SMALL: dict[str, tuple[int, int, int, int, int, int, float]] = {
 SCALES = {
   "paper": "The paper's recipe; corpus and tokenizer are not public, and whether 3B shares keys "
   "among heads is unknown.",
-  "small": "147k parameters (without embeddings) on bytes of Python's standard library, 600 steps "
+  "small": "160k parameters (without embeddings) on bytes of Python's standard library, 600 steps "
   "of 8 windows of 128. Losses are nats per byte; AR-hit is of bytes that end a pair of the "
   "context.",
 }
@@ -115,7 +116,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   sizes = dict(num_layers=num_layers, embed_dim=embed_dim, num_heads=int(num_heads * heads))
   c.model = common.model(**fields, **sizes, feed_forward="swiglu", init="linear", norm_eps=1e-5)
   if name == "diff_v2":
-    c.model.mlp_dim = 7 * embed_dim // 3
+    c.model.mlp_dim = default_width("swiglu", embed_dim) - embed_dim // 3
   if arg.scale == "paper":
     c.model.update(dtype="bfloat16", remat="full", loss_chunk_size=12_536)
     c.model.rope_base = known[recipe].get("rope_base", 10_000.0)
