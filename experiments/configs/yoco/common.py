@@ -100,6 +100,13 @@ SCALES = {
   "of bytes that end a pair of the context.",
 }
 
+# Columns of tables 5 and 6.
+BY_RECALL = {
+  "valid": "validation/loss",
+  "AR-hit": "validation/recall_loss",
+  "first-occur": "validation/other_loss",
+}
+
 
 def runs() -> dict[str, tuple[str, str]]:
   """The model and the recipe of each run."""
