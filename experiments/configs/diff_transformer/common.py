@@ -39,6 +39,10 @@ MODELS: dict[str, tuple[str, dict[str, Any], float]] = {
   "diff_v2": ("its successor V2", dict(name="diff_transformer_v2"), 1),
 }
 
+# Those whose logits are quantised and looked at, and that have the synthetic tasks.
+_MEASURED = ("transformer", "diff", "diff_v2")
+BITS = (16, 8, 6, 4)
+
 # Layers, width and a Transformer's heads; what the paper calls them.
 SIZES = {
   "830m": (24, 1536, 16),
@@ -63,15 +67,18 @@ PAPER: dict[str, dict[str, Any]] = {
     for size, lr in (("830m", 1.5e-4), ("2b8", 1.5e-4), ("6b8", 7.5e-5), ("13b1", 7.5e-5))
   },
   "3b": _MAIN,
+  "needles": _MAIN,
   "3b_1t": _MAIN | dict(steps=238_419),
   "64k": _MAIN | _FURTHER | dict(seq_length=65_536, steps=358, peak_lr=8e-5, rope_base=640_000.0),
   "math": _MAIN | _FURTHER | dict(steps=4_768, peak_lr=8e-5),
   "reasoning": _MAIN | _FURTHER | dict(step=2**20, steps=1_907, peak_lr=1e-5, after="math"),
 }
 
-# Of the synthetic tasks and of bytes: layers, width, heads; window, rows, steps, rate.
+# Layers, width, heads; window, rows, steps, rate.
 SMALL: dict[str, tuple[int, int, int, int, int, int, float]] = {
   "ablation": (3, 64, 8, 128, 8, 600, 3e-3),
+  "needles": (2, 64, 8, 64, 64, 400, 4e-3),
+  "shots": (2, 64, 8, 64, 64, 400, 4e-3),
 }
 
 SCALES = {
@@ -82,14 +89,39 @@ SCALES = {
   "context.",
 }
 
-# The models whose logits are quantised and looked at.
-_MEASURED = ("transformer", "diff", "diff_v2")
-BITS = (16, 8, 6, 4)
+
+def paper_alone(about: str) -> dict[str, str]:
+  """`SCALES` of a table that has no small scale."""
+  return dict(paper=f"{about} Corpus and tokenizer are not public.")
+
+
+_TASK = (
+  "107k parameters (without embeddings), 400 steps of 64 rows of 64 bytes of a synthetic task."
+)
+NEEDLES_SMALL = f"{_TASK} Six needles of a mark, a letter and a digit, all of which are asked for."
+SHOTS_SMALL = f"{_TASK} Eight items of two letters, of four classes."
+
+NEEDLES = {1: 1, 2: 2, 4: 2, 6: 2}
+"""Table 2: needles, and how many are asked for."""
+NEEDLE_LENGTHS = (8, 16, 24, 32, 40, 48, 56, 64)
+"""Figure 5: thousands of tokens."""
+
+COLUMN = "validation loss"
+LOSS = {COLUMN: "validation/loss"}
+UNKNOWN: dict[str, float | None] = {COLUMN: None}
+
+
+def harness(*accuracies: float, shots: int = 0) -> dict[str, float | None]:
+  """Accuracies of tables 1 and 8, which are not measured here."""
+  names = ("ARC-C", "ARC-E", "BoolQ", "HellaSwag", "OBQA", "PIQA", "WinoG", "average")
+  names = (f"{name}, {shots} examples" for name in names)
+  return UNKNOWN | dict(zip(names, accuracies, strict=True))
 
 
 def runs() -> dict[str, tuple[str, str]]:
   """The model and the recipe of each run."""
   pairs = {"ablation": MODELS}
+  pairs |= dict.fromkeys(("needles", "shots"), _MEASURED)
   pairs |= {recipe: ("transformer", "diff") for recipe in PAPER if recipe not in pairs}
   return {f"{m}_{recipe}": (m, recipe) for recipe, models in pairs.items() for m in models}
 
@@ -156,8 +188,8 @@ def _text(c: ml_collections.ConfigDict, model: str, scale: str) -> None:
   options = dict(split="validation", every_steps=c.train_steps if small else 1_000)
   loss = dict(type="perplexity", max_batches=batches, **options)
   c.evals = dict(validation=loss | dict(recall_order=2))
-  if small:  # A pair of bytes says little; four are as long as a paper's token.
-    c.evals.validation_4 = loss | dict(recall_order=4)
+  # A pair of bytes says little; four are as long as a token of the paper.
+  c.evals.validation_4 = loss | dict(recall_order=4)
   if model in _MEASURED:
     fewer = options | dict(max_batches=batches // 4, every_steps=c.train_steps)
     c.evals.activations = dict(type="activations", **fewer)
@@ -166,4 +198,36 @@ def _text(c: ml_collections.ConfigDict, model: str, scale: str) -> None:
     c.evals.bits_all = dict(type="perplexity", **fewer)
 
 
-_EVALS: dict[str, Any] = {}
+def _needles(c: ml_collections.ConfigDict, model: str, scale: str) -> None:
+  """Table 2; at the small scale table 3, and the task that is trained."""
+  options = dict(type="needles", num_samples=50, every_steps=c.train_steps)
+  if scale == "paper":
+    _text(c, model, scale)
+    options["hay"] = "text"
+  else:
+    c.data.update(source="synthetic", task="multi_needle")
+    c.data.task_options.update(num_needles=6, num_queries=6, key_length=1, value_length=1)
+    # As many needles as in training; table 3 does not tell its number.
+    c.evals = dict(attention=dict(type="attention_mass", every_steps=c.train_steps))
+  for needles, queries in NEEDLES.items():
+    c.evals[f"needles_{needles}"] = options | dict(num_needles=needles, num_queries=queries)
+
+
+def _long(c: ml_collections.ConfigDict, model: str, scale: str) -> None:
+  """Figures 4 and 5."""
+  _text(c, model, scale)
+  c.evals.validation.num_buckets = 8
+  options = dict(type="needles", hay="text", num_needles=8, num_samples=50)
+  for k in NEEDLE_LENGTHS:
+    c.evals[f"needles_{k}k"] = options | dict(seq_length=1024 * k, every_steps=c.train_steps)
+
+
+def _shots(c: ml_collections.ConfigDict, model: str, scale: str) -> None:
+  """Figures 6, 7 and 11."""
+  del model, scale
+  c.data.update(source="synthetic", task="many_shot")
+  options = dict(type="many_shot", num_samples=8, every_steps=c.train_steps)
+  c.evals = dict(shots=options, shots_in_turn=options | dict(order="alternating"))
+
+
+_EVALS = {"needles": _needles, "64k": _long, "shots": _shots}

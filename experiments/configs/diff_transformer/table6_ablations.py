@@ -16,7 +16,7 @@ METRICS = {
   "valid": "validation/loss",
   "AR-hit": "validation/recall_loss",
   "others": "validation/other_loss",
-  "AR-hit of four bytes": "validation_4/recall_loss",
+  "AR-hit, 4-grams": "validation_4/recall_loss",
 }
 SCALES, RUNS = common.SCALES, common.RUNS
 

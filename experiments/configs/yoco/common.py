@@ -220,16 +220,14 @@ def _optimise(
 
 def _evaluate(c: ml_collections.ConfigDict, model: str, scale: str) -> None:
   """Loss, split by recall; at the small scale, behind the trained length too."""
+  small = scale == "small"
   options = dict(type="perplexity", split="validation")
-  if scale == "paper":
-    c.evals = dict(validation=options | dict(every_steps=1_000, max_batches=16, recall_order=2))
-    return
-  options["every_steps"] = c.train_steps
-  loss = options | dict(max_batches=64)
+  options["every_steps"] = c.train_steps if small else 1_000
+  loss = options | dict(max_batches=64 if small else 16)
   c.evals = dict(validation=loss | dict(recall_order=2))
   # A pair of bytes says little; four are as long as a token of the paper.
   c.evals.validation_4 = loss | dict(recall_order=4)
-  if model in COMPARED and c.data.seq_length < LONG:
+  if small and model in COMPARED and c.data.seq_length < LONG:
     long = options | dict(seq_length=LONG, max_batches=64 * c.data.seq_length // LONG)
     c.evals.long = long
     c.evals.long_base = long | dict(model=dict(rope_base=LONG_BASE))

@@ -12,7 +12,7 @@ from experiments.configs.yoco.common import get_config  # noqa: F401
 
 TITLE = "YOCO, table 5: models of 160M parameters"
 BASE = "transformer"
-METRICS = common.BY_RECALL | {"AR-hit of four bytes": "validation_4/recall_loss"}
+METRICS = common.BY_RECALL | {"AR-hit, 4-grams": "validation_4/recall_loss"}
 SCALES, RUNS = common.SCALES, common.RUNS
 
 _FIGURES = {
