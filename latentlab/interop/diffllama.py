@@ -87,6 +87,7 @@ def import_model(state: StateDict, fields: Mapping[str, Any]) -> Imported:
   Raises:
     ValueError: a field is untold; names or shapes are not those of such a model.
   """
+  sizes = _sizes(state)
   check_told(_NAME, fields, _UNTOLD)
   head = state.get(_HEAD.theirs)
   section = dict(
@@ -97,7 +98,7 @@ def import_model(state: StateDict, fields: Mapping[str, Any]) -> Imported:
     head_norm_eps=fields["norm_eps"],
     tie_embeddings=head is None,
   )
-  section |= _sizes(state) | dict(fields)
+  section |= sizes | dict(fields)
   embedding, tied = state[_EMBEDDING.theirs], section["tie_embeddings"]
   if tied and head is not None and np.array_equal(head, embedding):
     state = {name: x for name, x in state.items() if name != _HEAD.theirs}

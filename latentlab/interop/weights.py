@@ -215,7 +215,7 @@ def check_told(library: str, fields: Mapping[str, Any], hints: Mapping[str, str]
   """Raises a `ValueError` for fields that weights do not tell, with hints what they may be."""
   if untold := {name: hint for name, hint in hints.items() if fields.get(name) is None}:
     listed = "; ".join(f"{name} ({hint})" for name, hint in untold.items())
-    raise ValueError(f"{library}'s weights do not tell all of the model; give {listed}")
+    raise ValueError(f"the weights of {library} do not tell all of the model; give {listed}")
 
 
 def check_same(library: str, config: LanguageModelConfig, theirs: LanguageModelConfig) -> None:

@@ -26,7 +26,7 @@ from latentlab.interop.weights import (
 from latentlab.models import LanguageModelConfig, build_config
 from latentlab.typing import Params
 
-_NAME = "YOCO's release"
+_NAME = "the release of YOCO"
 # Of the trainer's model, of its decoder, and of what either wraps.
 _PREFIXES = ("decoder.model.", "decoder.", "model.")
 _SELF, _CROSS = (f"{half}_decoder.layers." for half in ("self", "cross"))
@@ -78,12 +78,7 @@ def import_model(state: StateDict, fields: Mapping[str, Any]) -> Imported:
     ValueError: a field is untold; names or shapes are not those of such a model.
   """
   state = without_prefix(state, *_PREFIXES)
-  gated = f"{_SELF}0.mixer.gt_proj.weight" in state
-  check_told(_NAME, fields, _UNTOLD | ({} if gated else _UNTOLD_OF_WINDOW))
-  section = dict(
-    name="yoco", self_attention="gated_retention" if gated else "sliding_window"
-  ) | _sizes(state, fields["num_heads"], gated=gated)
-  section |= fields
+  section = dict(name="yoco") | _sizes(state, fields) | dict(fields)
   head, embedding = state.get(_HEAD.theirs), state[_EMBEDDING.theirs]
   section.setdefault("tie_embeddings", head is None or np.array_equal(head, embedding))
   tied = section["tie_embeddings"]
@@ -185,26 +180,28 @@ def _block(prefix: str, stage: int, mixer: Mapping[str, str]) -> tuple[Entry, ..
   )
 
 
-def _sizes(state: StateDict, num_heads: int, *, gated: bool) -> dict[str, Any]:
-  """Fields of `config.model` that shapes and names tell."""
+def _sizes(state: StateDict, fields: Mapping[str, Any]) -> dict[str, Any]:
+  """Fields of `config.model` that shapes and names tell, beside those that they do not."""
   names = dict(embedding=_EMBEDDING.theirs, mlp=f"{_SELF}0.ffn.fc1.weight", k=_SHARED_KEYS.theirs)
-  if gated:
-    names["gates"] = f"{_SELF}0.mixer.gt_proj.weight"
   found = sizes_from(_NAME, state, names)
+  gates = state.get(f"{_SELF}0.mixer.gt_proj.weight")
+  check_told(_NAME, fields, _UNTOLD | (_UNTOLD_OF_WINDOW if gates is None else {}))
   layers = {prefix: count_layers(state, prefix) for prefix in (_SELF, _CROSS)}
   if len(set(layers.values())) > 1:
     raise ValueError(f"the weights have {layers}, which should be as many of each")
-  embed_dim, keys = found["embedding"].shape[1], found["k"].shape[0]
+  num_heads, embed_dim, keys = fields["num_heads"], found["embedding"].shape[1], len(found["k"])
   head_dim = embed_dim // num_heads
   if embed_dim % num_heads or keys % head_dim:
     raise ValueError(
       f"num_heads={num_heads} does not divide a width of {embed_dim} into heads of which "
       f"{names['k']}, {keys} rows, has some"
     )
-  return dict(
+  sizes = dict(
     num_layers=sum(layers.values()),
     embed_dim=embed_dim,
     num_kv_heads=keys // head_dim,
-    mlp_dim=found["mlp"].shape[0],
-    **({"num_self_heads": len(found["gates"])} if gated else {}),
+    mlp_dim=len(found["mlp"]),
   )
+  if gates is None:
+    return sizes | dict(self_attention="sliding_window")
+  return sizes | dict(self_attention="gated_retention", num_self_heads=len(gates))

@@ -18,11 +18,11 @@ from latentlab.models import LanguageModel, build_config, decode_step, num_param
 torch = pytest.importorskip("torch", reason="the reference of YOCO's release needs torch")
 
 VOCAB, LENGTH, PROMPT = 29, 13, 6
-GATED = dict(dim=24, n_layers=4, hidden_dim=20, n_self_heads=2, n_attn_heads=4, n_attn_kv_heads=2)
+GATED = dict(dim=24, n_layers=2, hidden_dim=20, n_self_heads=2, n_attn_heads=4, n_attn_kv_heads=2)
 FORMS = {
   "gated": GATED,
-  "gated-mha-tied": GATED | dict(n_layers=2, n_attn_kv_heads=4, n_self_heads=3, tied=True),
-  "window": GATED | dict(n_self_heads=3, n_attn_kv_heads=1, sliding_window=5),
+  "gated-mha-tied": GATED | dict(n_attn_kv_heads=4, n_self_heads=3, tied=True),
+  "window": GATED | dict(n_layers=4, n_self_heads=3, n_attn_kv_heads=1, sliding_window=5),
 }
 REST = dict(rope_theta=321.0, norm_eps=1e-3, vocab_size=VOCAB, max_seq_len=99)
 
@@ -144,7 +144,8 @@ def _import(state, args):
   fields = interop.CONFIG_FILES["yoco"].fields(args)
   imported = interop.IMPORTERS["yoco"](state, fields)
   params = jax.tree.map(jnp.asarray, imported.params)
-  return LanguageModel(build_config(imported.model, imported.vocab_size)), params
+  # A scan compiles one layer.
+  return LanguageModel(build_config(imported.model | dict(unroll=1), imported.vocab_size)), params
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -1,0 +1,75 @@
+"""From another library's files to a workdir that is used, and back to files, by the commands."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from latentlab import interop
+from latentlab.models import build_config
+
+VOCAB = 258  # Bytes, and the tokenizer's two of its own.
+SIZES = dict(num_layers=2, embed_dim=16, num_heads=2, mlp_dim=20)
+MODELS = {
+  "diffllama": dict(name="diff_transformer", head_norm_affine=False, num_kv_heads=1, **SIZES),
+  "yoco": dict(name="yoco", num_self_heads=4, num_kv_heads=1, **SIZES),
+}
+SETTINGS = {
+  "diffllama": ["head_layout=neighbour", "rope_layout=interleaved"],
+  "yoco": ["chunk_size=8"],
+}
+
+
+def _run(module, *args, fails=False):
+  command = [sys.executable, "-m", f"experiments.{module}", *map(str, args)]
+  done = subprocess.run(command, capture_output=True, text=True)
+  assert (done.returncode != 0) == fails, done.stderr
+  return done.stderr if fails else done.stdout
+
+
+@pytest.fixture(params=MODELS)
+def exported(request, tmp_path):
+  """A library, and a folder as it would write one."""
+  config = build_config(MODELS[request.param], VOCAB)
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda x: rng.normal(scale=0.1, size=x.shape).astype(np.float32),
+    interop.parameter_shapes(config),
+  )
+  folder = tmp_path / "theirs"
+  folder.mkdir()
+  interop.write(folder / "model.safetensors", interop.EXPORTERS[request.param](config, params))
+  file = interop.CONFIG_FILES[request.param]
+  (folder / file.name).write_text(json.dumps(file.make(config)))
+  return request.param, folder
+
+
+@pytest.mark.slow
+def test_a_folder_is_imported_used_and_exported(exported, tmp_path):
+  library, folder = exported
+  workdir, back = tmp_path / "run", tmp_path / "back"
+  settings = [f"--set={item}" for item in SETTINGS[library]]
+  _run(
+    "import_weights", f"--from={library}", f"--input={folder}", f"--workdir={workdir}", *settings
+  )
+  text = _run("generate", f"--workdir={workdir}", "--prompt=def", "--num_tokens=4", "--greedy")
+  assert text.startswith("def")
+  _run("export_weights", f"--to={library}", f"--workdir={workdir}", f"--output={back}")
+  got, want = interop.read(back), interop.read(folder)
+  assert got.keys() == want.keys()
+  for name, x in want.items():
+    np.testing.assert_array_equal(got[name], x, err_msg=name)
+  name = interop.CONFIG_FILES[library].name
+  assert interop.read_json(back / name) == interop.read_json(folder / name)
+  if library == "yoco":
+    message = _run(
+      "export_weights",
+      "--to=diffllama",
+      f"--workdir={workdir}",
+      f"--output={back}.safetensors",
+      fails=True,
+    )
+    assert "DiffLlama is one stage of diff_attention" in message and "Traceback" not in message
