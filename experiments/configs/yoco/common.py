@@ -89,8 +89,15 @@ LONG, LONG_BASE = 512, 160_000.0
 the tokens, where the paper has 64 times for 16 times."""
 SMALL: dict[str, dict[str, Any]] = {
   "160m": dict(seq_length=128, steps=600, peak_lr=3e-3),
+  "window": dict(seq_length=64, batch_size=64, steps=400, peak_lr=4e-3, window=8),
   "longer": dict(seq_length=LONG, steps=60, peak_lr=1e-3, rope_base=LONG_BASE, after="160m"),
 }
+
+WINDOW_SMALL = (
+  "0.2M parameters (without embeddings), 400 steps of 64 rows of 64 bytes of a synthetic task, four "
+  "needles of a mark, a letter and a digit, all of which are asked for. A window has 8 tokens, so "
+  "four layers reach 28 back."
+)
 
 SCALES = {
   "paper": "The paper's shapes in the recipe of its scaling curves: that of the 160M models is "
@@ -107,10 +114,25 @@ BY_RECALL = {
   "first-occur": "validation/other_loss",
 }
 
+COLUMN = "validation loss"
+LOSS = {COLUMN: "validation/loss"}
+UNKNOWN: dict[str, float | None] = {COLUMN: None}
+
+NEEDLES = (1, 2, 4, 8)
+"""Table 4."""
+NEEDLE_LENGTHS = tuple(range(128, 1025, 128))
+"""Figure 4: thousands of tokens."""
+
+
+def paper_alone(about: str) -> dict[str, str]:
+  """`SCALES` of a table that has no small scale."""
+  return dict(paper=f"{about} Corpus and tokenizer are not public.")
+
 
 def runs() -> dict[str, tuple[str, str]]:
   """The model and the recipe of each run."""
   pairs = dict.fromkeys(PAPER, COMPARED) | {"160m": tuple(MODELS), "longer": COMPARED}
+  pairs["window"] = ("sparse_transformer", "yoco_swa", "yoco_gret")
   pairs["160m_16k"] = ("h3", "sparse_transformer", *COMPARED)
   pairs |= dict.fromkeys(("3b", "3b_64k", "3b_256k", "3b_1m"), ("yoco_gret",))
   return {f"{m}_{recipe}": (m, recipe) for recipe, models in pairs.items() for m in models}
@@ -139,7 +161,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   c.model = _model(name, recipe, **sizes, rope_base=recipe_fields.get("rope_base", 10_000.0))
   if arg.scale == "paper":
     c.model.update(dtype="bfloat16", remat="full", loss_chunk_size=12_536)
-  _evaluate(c, name, arg.scale)
+  _EVALS.get(recipe, _text)(c, name, arg.scale)
   if arg.smoke:
     common.smoke(c)
     c.init_from = ""
@@ -203,11 +225,13 @@ def _paper(c: ml_collections.ConfigDict, r: Mapping[str, Any]) -> dict[str, int]
 
 def _small(c: ml_collections.ConfigDict, r: Mapping[str, Any]) -> dict[str, int]:
   c.data.update(tokenizer="bytes", vocab_size=0, seq_length=r["seq_length"])
-  c.batch_size = 1024 // r["seq_length"]
+  c.batch_size = r.get("batch_size", 1024 // r["seq_length"])
   _optimise(c, r["steps"], r["peak_lr"], r["steps"] // 20, 0.0)
   c.optimizer.update(b2=0.98, weight_decay=0.05)
   c.log_steps, c.checkpoint_steps = 20, r["steps"] // 3
-  return dict(num_layers=4, embed_dim=64, num_heads=4, num_state_heads=2, window=64)
+  return dict(
+    num_layers=4, embed_dim=64, num_heads=4, num_state_heads=2, window=r.get("window", 64)
+  )
 
 
 def _optimise(
@@ -218,7 +242,7 @@ def _optimise(
   c.optimizer.update(peak_lr=peak_lr, warmup_steps=warmup)
 
 
-def _evaluate(c: ml_collections.ConfigDict, model: str, scale: str) -> None:
+def _text(c: ml_collections.ConfigDict, model: str, scale: str) -> None:
   """Loss, split by recall; at the small scale, behind the trained length too."""
   small = scale == "small"
   options = dict(type="perplexity", split="validation")
@@ -231,3 +255,27 @@ def _evaluate(c: ml_collections.ConfigDict, model: str, scale: str) -> None:
     long = options | dict(seq_length=LONG, max_batches=64 * c.data.seq_length // LONG)
     c.evals.long = long
     c.evals.long_base = long | dict(model=dict(rope_base=LONG_BASE))
+
+
+def _long(c: ml_collections.ConfigDict, model: str, scale: str) -> None:
+  """Table 4, and figures 4 and 5."""
+  _text(c, model, scale)
+  c.evals.validation.num_buckets = 8
+  options = dict(type="needles", hay="text", num_queries=1, every_steps=c.train_steps)
+  elevenths = options | dict(seq_length=2**17, num_samples=5)
+  elevenths["depths"] = tuple(k / 11 for k in range(1, 11))
+  for n in NEEDLES:
+    c.evals[f"needles_{n}"] = elevenths | dict(num_needles=n, seed=42)
+  tenths = options | dict(num_samples=10, depths=tuple(k / 10 for k in range(11)))
+  for k in NEEDLE_LENGTHS:
+    c.evals[f"needle_{k}k"] = tenths | dict(num_needles=1, seq_length=1024 * k)
+
+
+def _window(c: ml_collections.ConfigDict, model: str, scale: str) -> None:
+  del model, scale
+  c.data.update(source="synthetic", task="multi_needle")
+  c.data.task_options.update(num_needles=4, num_queries=4, key_length=1, value_length=1)
+  c.evals = dict(needles=dict(type="needles", every_steps=c.train_steps))
+
+
+_EVALS = {"3b_1m": _long, "window": _window}
