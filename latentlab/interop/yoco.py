@@ -121,7 +121,7 @@ def config_fields(found: Mapping[str, Any]) -> dict[str, Any]:
   )
   if missing := [name for name in sizes if name not in found]:
     raise ValueError(f"{missing} are missing among {sorted(found)}")
-  fields = {ours: found[theirs] for theirs, ours in sizes.items()}
+  fields = {ours: found[theirs] for theirs, ours in sizes.items() if found[theirs] is not None}
   fields["rope_base"] = float(found.get("rope_theta", 10_000.0))
   fields["norm_eps"] = found.get("norm_eps", 1e-5)
   window = found.get("sliding_window")
@@ -190,8 +190,8 @@ def _sizes(state: StateDict, fields: Mapping[str, Any]) -> dict[str, Any]:
   if len(set(layers.values())) > 1:
     raise ValueError(f"the weights have {layers}, which should be as many of each")
   num_heads, embed_dim, keys = fields["num_heads"], found["embedding"].shape[1], len(found["k"])
-  head_dim = embed_dim // num_heads
-  if embed_dim % num_heads or keys % head_dim:
+  head_dim = embed_dim // max(num_heads, 1)
+  if head_dim < 1 or embed_dim != num_heads * head_dim or keys % head_dim:
     raise ValueError(
       f"num_heads={num_heads} does not divide a width of {embed_dim} into heads of which "
       f"{names['k']}, {keys} rows, has some"

@@ -64,8 +64,9 @@ def test_errors_list_all_that_is_wrong():
   fewer = {name: x for name, x in state.items() if not name.startswith("cross_decoder.layers.1.")}
   with pytest.raises(ValueError, match="'self_decoder.layers.': 2, 'cross_decoder.layers.': 1"):
     load(fewer, TOLD)
-  with pytest.raises(ValueError, match="num_heads=5 does not divide"):
-    load(state, TOLD | dict(num_heads=5))
+  for count in (0, 5, 24):
+    with pytest.raises(ValueError, match=f"num_heads={count} does not divide"):
+      load(state, TOLD | dict(num_heads=count))
   with pytest.raises(ValueError, match="are missing among"):
     load({"a": np.ones(3)}, TOLD)
   _, _, state = _export(self_attention="sliding_window", window=5)
@@ -76,6 +77,7 @@ def test_errors_list_all_that_is_wrong():
 def test_parameters_of_the_release_that_are_none():
   assert file.fields(PARAMS)["self_attention"] == "gated_retention"
   assert file.fields(PARAMS)["norm_eps"] == 1e-5
+  assert "num_kv_heads" not in file.fields(PARAMS | dict(n_attn_kv_heads=None))
   with pytest.raises(ValueError, match=r"\['n_attn_heads'\] are missing"):
     file.fields({name: x for name, x in PARAMS.items() if name != "n_attn_heads"})
   for window in (True, 0, "1024"):
