@@ -1,4 +1,4 @@
-"""Prefill and decode of our two models beside their best public peers', on one CPU and in one run.
+"""Prefill and decode of our models beside their best public peers', on one CPU and in one run.
 
   python -m experiments.benchmarks.inference --batches=8 --lengths=128,1024
 
@@ -22,8 +22,8 @@ import numpy as np
 from absl import app, flags
 from tqdm import tqdm
 
-from experiments.benchmarks import specs
-from experiments.benchmarks.train import CHUNK_SIZES, PEERS, REST_SECONDS, Worker, environment
+from experiments.benchmarks import peers, specs
+from experiments.benchmarks.train import ATTENTIONS, CHUNK_SIZES, REST_SECONDS, Worker, environment
 from latentlab.app import huge_page_environment
 
 for _name in ("models", "rounds", "cores"):
@@ -90,15 +90,13 @@ class Ours(Program):
     import jax.numpy as jnp
     from flax import linen as nn
 
-    from experiments.benchmarks import peers
     from latentlab import sample
     from latentlab.models import LanguageModel, build_config
 
     super().__init__(model, size, folder)
     module = LanguageModel(build_config(size.model(model), size.vocab_size))
     params = nn.unbox(jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
-    export = {"transformer": peers.llama_weights, "retnet": peers.torchscale_weights}[model]
-    np.savez(self.weights_path, **export(params["params"]))
+    np.savez(self.weights_path, **peers.PEERS[model].weights(params["params"]))
     self._num_params = sum(x.size for x in jax.tree.leaves(params))
     stepper = sample.TokenStepper(module, params["params"], np.zeros(0, np.int32), np.int32(0))
     self._stepper = stepper.unstacked()
@@ -163,14 +161,13 @@ class Peer(Program):
   def __init__(self, model: str, size: specs.Size, folder: str):
     import torch
 
-    from experiments.benchmarks import peers
     from latentlab.models import build_config
 
     super().__init__(model, size, folder)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.set_grad_enabled(False)
     config = build_config(size.model(model), size.vocab_size)
-    self._module = {"transformer": peers.llama, "retnet": peers.torchscale_retnet}[model](config)
+    self._module = peers.PEERS[model].make(config)
     self._module.eval()
     with np.load(self.weights_path) as weights:
       peers.load(self._module, dict(weights))
@@ -231,16 +228,22 @@ class Peer(Program):
 
 
 class Llama(Peer):
-  """transformers' Llama: SDPA, with the faster of a static and a dynamic cache."""
+  """A model of transformers, with the faster of a static and a dynamic cache."""
+
+  attentions = ATTENTIONS[:1]
 
   def choose(self):
     seconds = {}
-    for self._mode in ("static", "dynamic"):
-      self._next = self.enter()
-      self.decode(4)
-      seconds[self._mode] = self.time("decode", 8)[0] / 8
-    self._mode, seconds = self._fastest(seconds)
-    return dict(mode=f"sdpa, {self._mode} cache", step_seconds=seconds)
+    for attention in self.attentions:
+      peers.set_attention(self._module, attention)
+      for self._mode in ("static", "dynamic"):
+        self._next = self.enter()
+        self.decode(4)
+        seconds[f"{attention}, {self._mode} cache"] = self.time("decode", 8)[0] / 8
+    mode, seconds = self._fastest(seconds)
+    attention, self._mode = mode.removesuffix(" cache").split(", ")
+    peers.set_attention(self._module, attention)
+    return dict(mode=mode, step_seconds=seconds)
 
   def enter(self):
     from transformers import DynamicCache, StaticCache
@@ -268,6 +271,12 @@ class Llama(Peer):
     return self._module(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[
       :, -1
     ]
+
+
+class DiffLlama(Llama):
+  """transformers' DiffLlama, with the faster of its attentions too."""
+
+  attentions = ATTENTIONS
 
 
 class Torchscale(Peer):
@@ -323,7 +332,6 @@ class Torchscale(Peer):
     return out[:, -1]
 
   def prefill(self):
-    from experiments.benchmarks import peers
 
     peers.set_chunk_size(self._module, self._form)
     features, _ = self._module(self._prompts, features_only=True)
@@ -348,12 +356,12 @@ def run_cases(
   Raises:
     RuntimeError: They do not compute the same; nothing was timed.
   """
-  peer_type = {"transformer": Llama, "retnet": Torchscale}[model]
+  types = {"transformer": Llama, "diff_transformer": DiffLlama, "retnet": Torchscale}
   cases = {}
   with (
     tempfile.TemporaryDirectory() as folder,
     Worker(Ours, cores, model, size, folder) as ours,
-    Worker(peer_type, cores, model, size, folder) as peer,
+    Worker(types[model], cores, model, size, folder) as peer,
   ):
     programs = {"ours": ours, "peer": peer}
     counts = {name: program.call("num_params") for name, program in programs.items()}
@@ -390,7 +398,7 @@ def run_cases(
         batch_size=batch,
         length=length,
         num_params=counts["ours"],
-        peer_name=PEERS[model],
+        peer_name=peers.PEERS[model].name,
         ratio=ratio,
         match=match,
         **reports,

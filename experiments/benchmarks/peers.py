@@ -1,17 +1,18 @@
-"""The peers, with our weights: transformers' Llama and torchscale's RetNet, in PyTorch.
+"""The peers, with our weights, in PyTorch: transformers' Llama and DiffLlama, torchscale's RetNet.
 
 An export is linear in the parameters, so it maps gradients as it maps weights. torch, transformers
 and torchscale are imported where they are used.
 """
 
+import dataclasses
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
-from latentlab.interop import StateDict, export_weights, torchscale
+from latentlab.interop import StateDict, diffllama, export_weights, torchscale
 from latentlab.layers import BlockConfig
 from latentlab.models import LanguageModelConfig
 from latentlab.typing import Params
@@ -46,6 +47,22 @@ def llama(config: LanguageModelConfig) -> "transformers.LlamaForCausalLM":
     attn_implementation="sdpa",
   )
   return transformers.LlamaForCausalLM(sizes)
+
+
+def diff_llama(config: LanguageModelConfig) -> "transformers.DiffLlamaForCausalLM":
+  """Makes the DiffLlama of equal sizes: SDPA, and no key/value cache; see `set_attention`."""
+  import transformers
+
+  sizes = diffllama.make_config(config)
+  for name in ("architectures", "model_type"):
+    sizes.pop(name)
+  options = dict(use_cache=False, attn_implementation="sdpa")
+  return transformers.DiffLlamaForCausalLM(transformers.DiffLlamaConfig(**sizes, **options))
+
+
+def set_attention(module: "transformers.PreTrainedModel", implementation: str) -> None:
+  """Switches a model of transformers to `sdpa` or `eager` attention."""
+  module.set_attn_implementation(implementation)
 
 
 def torchscale_retnet(config: LanguageModelConfig) -> "torch.nn.Module":
@@ -120,6 +137,43 @@ def llama_weights(params: Params) -> StateDict:
 def torchscale_weights(params: Params) -> StateDict:
   """Our RetNet's parameters (or their gradients) by torchscale's names."""
   return export_weights(torchscale.entries(), params)
+
+
+def diff_llama_weights(params: Params) -> StateDict:
+  """Our parameters (or their gradients) by DiffLlama's names, in its own layout of heads."""
+  from experiments.benchmarks import specs
+  from latentlab.models import build_config
+
+  # Of a mixer, the table asks for layouts and sizes alone, which the kernels tell.
+  q, k = (
+    params["decoder"]["stage_0"]["block_0"]["mixer"][f"{x}_proj"]["kernel"].shape for x in "qk"
+  )
+  sizes = dict(num_layers=1, embed_dim=q[1], num_heads=q[3], num_kv_heads=k[3], head_dim=q[4])
+  fields = dict(name="diff_transformer") | sizes | specs.MODELS["diff_transformer"]
+  mixer = build_config(fields, 1).decoder.stages[0].pattern[0].mixer
+  return _as_numpy(export_weights(diffllama.entries(mixer), params))
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+  """A public model.
+
+  Attributes:
+    name: Of it and its library.
+    make: Makes it from our configuration.
+    weights: Our parameters by its names.
+  """
+
+  name: str
+  make: Callable[[LanguageModelConfig], "torch.nn.Module"]
+  weights: Callable[[Params], StateDict]
+
+
+PEERS = {
+  "transformer": Peer("transformers Llama", llama, llama_weights),
+  "diff_transformer": Peer("transformers DiffLlama", diff_llama, diff_llama_weights),
+  "retnet": Peer("torchscale RetNet", torchscale_retnet, torchscale_weights),
+}
 
 
 def load(module: "torch.nn.Module", weights: StateDict) -> None:

@@ -3,11 +3,13 @@
 import dataclasses
 from typing import Any
 
-# What the peers can compute too: LlamaForCausalLM, and torchscale's RetNet (its block
-# has RMS norms and a gated feed-forward). torchscale scales the rows of a head by numbers that
+# What the peers can compute too: LlamaForCausalLM, DiffLlamaForCausalLM (pairs of heads and of
+# rotated features are halves, the head norm has no scale), and torchscale's RetNet (its block has
+# RMS norms and a gated feed-forward). torchscale scales the rows of a head by numbers that
 # depend on its form; behind a head norm they cancel, exactly so where its epsilon is zero.
 MODELS: dict[str, dict[str, Any]] = {
   "transformer": dict(feed_forward="swiglu", rope_layout="half"),
+  "diff_transformer": dict(head_layout="halves", rope_layout="half", head_norm_affine=False),
   "retnet": dict(
     feed_forward="swiglu", norm="rms", decay="pow2", head_norm="rms", head_norm_eps=0.0
   ),
@@ -41,9 +43,11 @@ class Size:
 
 
 SIZES = {
-  "tiny": Size(2, 48, dict(transformer=3, retnet=2), 97, 2, 24),  # Of tests; no time worth telling.
-  "3m": Size(6, 192, dict(transformer=3, retnet=3), 1024, 8, 256),
-  "10m": Size(4, 384, dict(transformer=6, retnet=3), 4096, 4, 512),
+  "tiny": Size(
+    2, 48, dict(transformer=3, diff_transformer=2, retnet=2), 97, 2, 24
+  ),  # Of tests; no time worth telling.
+  "3m": Size(6, 192, dict(transformer=3, diff_transformer=3, retnet=3), 1024, 8, 256),
+  "10m": Size(4, 384, dict(transformer=6, diff_transformer=3, retnet=3), 4096, 4, 512),
 }
 
 

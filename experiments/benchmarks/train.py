@@ -1,4 +1,4 @@
-"""Train tokens/s of our two models beside their best public peers', on one CPU and in one run.
+"""Train tokens/s of our models beside their best public peers', on one CPU and in one run.
 
   python -m experiments.benchmarks.train --sizes=3m,10m --rounds=9
 
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from experiments.benchmarks import specs
+from experiments.benchmarks import peers, specs
 from latentlab.app import huge_page_environment
 
 _MODELS = flags.DEFINE_list("models", list(specs.MODELS), "Models to time.")
@@ -42,7 +42,7 @@ _OUTPUT = flags.DEFINE_string(
   "output", "experiments/results/benchmarks/train_cpu.json", "Where figures go; '' for nowhere."
 )
 
-PEERS = {"transformer": "transformers Llama", "retnet": "torchscale RetNet"}
+ATTENTIONS = ("sdpa", "eager")  # Of DiffLlama; Llama runs with the first.
 CHUNK_SIZES = (32, 64, 128, 256)  # That torchscale is tried with, besides its parallel form.
 MATCH_STEPS = 3
 LOGITS_TOLERANCE, LOSS_TOLERANCE = 1e-3, 1e-3  # Absolute, with logits of order one; relative.
@@ -125,7 +125,6 @@ class Ours(Program):
   """Our model under the trainer that `experiments.train` runs."""
 
   def __init__(self, model: str, size: specs.Size, weights_path: str):
-    from experiments.benchmarks import peers
     from experiments.configs import common
     from latentlab.train import partition, task
 
@@ -136,8 +135,7 @@ class Ours(Program):
     self._task = task.build_task(config, size.vocab_size)
     self._trainer = partition.make_trainer(self._task, config)
     self.reset()
-    export = {"transformer": peers.llama_weights, "retnet": peers.torchscale_weights}[model]
-    np.savez(weights_path, **export(self._state.params))
+    np.savez(weights_path, **peers.PEERS[model].weights(self._state.params))
 
   def reset(self):
     import jax
@@ -179,24 +177,26 @@ class Peer(Program):
   def __init__(self, model: str, size: specs.Size, weights_path: str, compiled: bool):
     import torch
 
-    from experiments.benchmarks import peers
     from latentlab.models import build_config
 
     super().__init__(size)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     config = build_config(size.model(model), size.vocab_size)
-    self._module = {"transformer": peers.llama, "retnet": peers.torchscale_retnet}[model](config)
+    self._module = peers.PEERS[model].make(config)
     self._forward = torch.compile(self._module) if compiled else self._module
-    self._chunk_sizes = ()
+    self._modes = {}  # By name, what a mode is set by; one mode needs no choice.
     if model == "retnet":
-      self._chunk_sizes = (None, *(c for c in CHUNK_SIZES if c <= size.seq_length))
+      chunks = (c for c in CHUNK_SIZES if c <= size.seq_length)
+      self._modes = {"parallel": None} | {f"chunkwise_{c}": c for c in chunks}
+      self._set_mode = peers.set_chunk_size
+    elif model == "diff_transformer":
+      self._modes = dict(zip(ATTENTIONS, ATTENTIONS, strict=True))
+      self._set_mode = peers.set_attention
     self._weights_path = weights_path
     self.reset()
 
   def reset(self):
     import torch
-
-    from experiments.benchmarks import peers
 
     with np.load(self._weights_path) as weights:
       peers.load(self._module, dict(weights))
@@ -217,25 +217,17 @@ class Peer(Program):
 
   def prepare(self):
     report = super().prepare()
-    if not self._chunk_sizes:
+    if not self._modes:
       return report | dict(mode="sdpa")
-    seconds = {c: self._time_chunk_size(c) for c in self._chunk_sizes}
+    seconds = {name: self._time_mode(value) for name, value in self._modes.items()}
     best = min(seconds, key=seconds.get)
-    self._set_chunk_size(best)
+    self._set_mode(self._module, self._modes[best])
     self.reset()
-    names = {c: "parallel" if c is None else f"chunkwise_{c}" for c in seconds}
-    return report | dict(
-      mode=names[best], step_seconds={names[c]: round(s, 4) for c, s in seconds.items()}
-    )
+    return report | dict(mode=best, step_seconds={n: round(s, 4) for n, s in seconds.items()})
 
-  def _time_chunk_size(self, chunk_size):
-    self._set_chunk_size(chunk_size)
+  def _time_mode(self, mode):
+    self._set_mode(self._module, mode)
     return min(self.time(1)[0] for _ in range(3))
-
-  def _set_chunk_size(self, chunk_size):
-    from experiments.benchmarks import peers
-
-    peers.set_chunk_size(self._module, chunk_size)
 
   def logits(self):
     import torch
@@ -357,7 +349,13 @@ def run_case(
     for unit in ("tokens_per_second", "tokens_per_cpu_second")
     for statistic in ("best", "median")
   }
-  return dict(peer_name=PEERS[model], ratio=ratios, match=match, **reports)
+  # The peer's other modes were timed before the turns, a step at a time.
+  modes = reports["peer"].get("step_seconds", {})
+  ours = reports["ours"]["tokens_per_second"]["best"]
+  ratios["of_modes"] = {
+    name: round(ours * s / (size.batch_size * size.seq_length), 3) for name, s in modes.items()
+  }
+  return dict(peer_name=peers.PEERS[model].name, ratio=ratios, match=match, **reports)
 
 
 def _match(ours, peer, our_report, peer_report) -> dict[str, Any]:
@@ -431,14 +429,15 @@ def main(argv: Sequence[str]) -> None:
   if _CORES.value and _CORES.value > len(available):
     raise app.UsageError(f"--cores={_CORES.value}: this process has {len(available)}")
 
-  result = environment(cores) | dict(
+  about = environment(cores) | dict(
     dtype="float32",
     rounds=_ROUNDS.value,
     steps_per_round=_STEPS.value,
     peer_compile=_PEER_COMPILE.value,
     optimizer=OPTIMIZER,
-    cases={},
   )
+  output = _OUTPUT.value and pathlib.Path(_OUTPUT.value)
+  result = json.loads(output.read_text()) if output and output.exists() else dict(cases={})
   for name in _SIZES.value:
     size = specs.SIZES[name]
     for model in _MODELS.value:
@@ -451,10 +450,10 @@ def main(argv: Sequence[str]) -> None:
           vocab_size=size.vocab_size,
         )
         | case
+        | dict(environment=about)
       )
       print(_summary(f"{model} {name}", case), flush=True)
-      if _OUTPUT.value:  # After each case, so that an interrupted run has left something.
-        output = pathlib.Path(_OUTPUT.value)
+      if output:  # After each case, so that an interrupted run has left something.
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -11,7 +11,7 @@ from experiments.benchmarks import inference, specs  # noqa: E402 (after the ski
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["transformer", "retnet"])
+@pytest.mark.parametrize("model", ["transformer", "diff_transformer", "retnet"])
 def test_peers_go_on_with_the_same_tokens(model):
   cases = inference.run_cases(model, specs.SIZES["tiny"], 2, [64, 96], [0], 1, 3)
   assert list(cases) == [64, 96]
