@@ -133,8 +133,8 @@ class Evaluator:
       return shown
     classes, of_item = np.unique(labels, return_inverse=True)
     turn = rng.permutation(len(classes))[of_item[shown]]
-    round_ = np.array([(turn[:i] == c).sum() for i, c in enumerate(turn)])
-    return shown[np.lexsort((turn, round_))]
+    rounds = np.array([(turn[:i] == c).sum() for i, c in enumerate(turn)])
+    return shown[np.lexsort((turn, rounds))]
 
   def _right_answers(self, params: Params, batch: Mapping[str, Array]) -> Bool[Array, " B"]:
     variables = {"params": params}
