@@ -336,6 +336,7 @@ class Decoder(nn.Module):
     key_bias: Float[Array, "B S"] | None = None,
     fresh: bool = False,
     last_only: bool = False,
+    tile: int | None = None,
     deterministic: bool = True,
   ) -> tuple[Float[Array, "B #T D"], DecoderCache | None]:
     """Runs `T` tokens, after those that `cache` has seen.
@@ -352,6 +353,9 @@ class Decoder(nn.Module):
       fresh: Whether `cache` holds no token yet, which saves attention the look into it.
       last_only: Whether the last valid token of each row is all that is asked for. A cross-decoder
         then runs for it alone: what it remembers of the others, the self-decoder has made.
+      tile: Runs a cross-decoder on so many tokens at a time; with `last_only`, on those around the
+        last one. Results do not then depend on `last_only` in a single bit, where a product of one
+        row may else add up in another order than one of many.
       deterministic: Whether dropout is off; if not, `apply` needs a `dropout` key.
 
     Returns:
@@ -359,9 +363,11 @@ class Decoder(nn.Module):
       (`None` if none was given).
 
     Raises:
-      ValueError: `segment_ids` with a cache.
+      ValueError: `segment_ids` with a cache, or `tile` is not positive.
     """
     c = self.config
+    if tile is not None and tile < 1:
+      raise ValueError(f"{tile=} of a cross-decoder must be positive")
     if cache is not None and segment_ids is not None:
       raise ValueError("packed documents and a cache do not mix: decode one document a row")
     num_tokens = x.shape[1]
@@ -385,14 +391,14 @@ class Decoder(nn.Module):
 
     embeddings, shared_cache = x, None
     stages, first_layer = [], 0
+    parts = [(x, context)]  # Of the tokens; several where a cross-decoder is run by tiles.
     for i, stage in enumerate(c.stages):
       if c.shared_kv is not None and i == c.num_self_stages:
         project = SharedKVProjection(c.shared_kv, shared, name="shared_kv")
-        seen, shared_cache = project(x, context, None if cache is None else cache.shared)
+        seen, shared_cache = project(parts[0][0], context, None if cache is None else cache.shared)
         context = context.replace(shared=seen)
-        x = embeddings if c.cross_input == "embeddings" else x
-        if last_only:
-          x, context = _last_tokens(x, context)
+        x = embeddings if c.cross_input == "embeddings" else parts[0][0]
+        parts = _parts(x, context, last_only, tile)
       caches = cache.stages[i] if cache is not None else None
       if stage.stacked:
         unroll = c.unroll or (stage.repeats if target_platform() == "cpu" else 1)
@@ -412,14 +418,21 @@ class Decoder(nn.Module):
       else:
         pattern, looped, layers = Pattern, False, first_layer
       pattern = pattern(stage.pattern, shared, c.remat, looped, name=f"stage_{i}")
-      x, updated = pattern(x, caches, layers, context)
-      stages.append(updated)
+      results = [pattern(x, caches, layers, context) for x, context in parts]
+      parts = [(x, part) for (x, _), (_, part) in zip(results, parts, strict=True)]
+      stages.append(results[0][1])
       first_layer += stage.num_layers
 
     if last_only and c.shared_kv is None:
-      x, context = _last_tokens(x, context)
+      parts = _parts(*parts[0], last_only, None)
+    parts = [x for x, _ in parts]
     if c.residual == "pre":  # Behind every branch, there is one behind the last.
-      x = residual_norm(c.final_norm, shared, name="final_norm")(x)
+      norm = residual_norm(c.final_norm, shared, name="final_norm")
+      parts = [norm(x) for x in parts]
+    if last_only and c.shared_kv is not None and tile is not None:
+      last = _last(context, num_tokens) % tile
+      parts = [jnp.take_along_axis(parts[0], last[..., None], axis=1)]
+    x = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)[:, :num_tokens]
     if cache is not None:
       seen = num_tokens if lengths is None else lengths
       cache = dataclasses.replace(
@@ -428,27 +441,41 @@ class Decoder(nn.Module):
     return x, cache
 
 
-def _last_tokens(
-  x: Float[Array, "B T D"], context: Context
-) -> tuple[Float[Array, "B 1 D"], Context]:
-  """Each row's last valid token, and what is left of the context for it."""
+def _last(context: Context, length: int) -> Int[Array, "B 1"]:
+  """Places of the rows' last valid tokens; 0 in a row without any."""
+  if context.lengths is None:
+    return jnp.full((1, 1), length - 1)
+  return jnp.maximum(context.lengths - 1, 0)[:, None]
+
+
+def _parts(
+  x: Float[Array, "B T D"], context: Context, last_only: bool, tile: int | None
+) -> list[tuple[Float[Array, "B _ D"], Context]]:
+  """The tokens that a cross-decoder runs for, with their contexts: all, the last ones, or tiles."""
   batch, length = x.shape[:2]
-  full = jnp.full((batch,), length) if context.lengths is None else context.lengths
-  last = jnp.maximum(full - 1, 0)[:, None]  # Of a row without a token, whatever is there.
-
-  def take(values):
-    return values if values is None else jnp.take_along_axis(values, last, axis=1)
-
+  if not last_only and tile is None:
+    return [(x, context)]
+  if last_only:
+    starts = [_last(context, length) // (tile or 1) * (tile or 1)]
+  else:
+    starts = [jnp.full((1, 1), start) for start in range(0, length, tile)]
+  places = (jnp.minimum(start + jnp.arange(tile or 1), length - 1) for start in starts)
   positions = jnp.broadcast_to(context.positions, (batch, length))
   allowed = context.allowed
   if allowed is not None:
     allowed = jnp.broadcast_to(allowed, (batch, *allowed.shape[1:]))
-    allowed = jnp.take_along_axis(allowed, last[..., None], axis=1)
-  return jnp.take_along_axis(x, last[..., None], axis=1), context.replace(
-    positions=take(positions),
-    segment_ids=take(context.segment_ids),
-    lengths=None,
-    allowed=allowed,
-    in_place=False,
-    fresh=False,
-  )
+  parts = []
+  for rows in places:
+    rows = jnp.broadcast_to(rows, (batch, rows.shape[1]))
+    take = lambda a, rows=rows: jnp.take_along_axis(a, rows, axis=1)
+    wide = lambda a, rows=rows: jnp.take_along_axis(a, rows[..., None], axis=1)
+    part = context.replace(
+      positions=take(positions),
+      segment_ids=None if context.segment_ids is None else take(context.segment_ids),
+      lengths=None,
+      allowed=None if allowed is None else wide(allowed),
+      in_place=False,
+      fresh=False,
+    )
+    parts.append((wide(x), part))
+  return parts

@@ -135,6 +135,7 @@ class LanguageModel(nn.Module):
     key_bias: Float[Array, "B S"] | None = None,
     fresh: bool = False,
     last_only: bool = False,
+    tile: int | None = None,
     deterministic: bool = True,
   ) -> tuple[Float[Array, "B #T D"], DecoderCache | None]:
     """Hidden vectors without the head.
@@ -150,6 +151,7 @@ class LanguageModel(nn.Module):
       key_bias: Added to the scores of each key.
       fresh: Whether `cache` holds no token yet.
       last_only: Whether only each row's last valid token is asked for; see `layers.Decoder`.
+      tile: Tokens that a cross-decoder is run on at a time; see there.
       deterministic: Whether dropout is off; if not, `apply` needs a `dropout` key.
     """
     places = next_positions(tokens.shape[1], segment_ids, cache)
@@ -164,6 +166,7 @@ class LanguageModel(nn.Module):
       key_bias=key_bias,
       fresh=fresh,
       last_only=last_only,
+      tile=tile,
       deterministic=deterministic,
     )
 
@@ -279,11 +282,12 @@ def prefill(
   cache: DecoderCache | None = None,
   *,
   early_exit: bool = True,
+  tile: int | None = None,
 ) -> tuple[Float[Array, "B vocab"], DecoderCache]:
   """Reads prompts of different lengths in one pass.
 
   A cross-decoder and the head run for each row's last token alone (YOCO's early exit), unless the
-  caller wants them to run for all, which changes no result.
+  caller wants them to run for all, which changes no result beyond rounding, and with `tile` none.
 
   Args:
     model: The model.
@@ -293,6 +297,7 @@ def prefill(
     max_length: Room of the cache; `T` if `None`, and unused where `cache` is given.
     cache: What was seen before.
     early_exit: Whether to leave out what no later token needs.
+    tile: Tokens that a cross-decoder is run on at a time; see `layers.Decoder`.
 
   Returns:
     The logits behind each row's last valid token, and the cache.
@@ -302,8 +307,8 @@ def prefill(
   """
   fresh = cache is None
   cache = _room(model, tokens, max_length) if fresh else cache
-  options = dict(lengths=lengths, cache=cache, fresh=fresh, last_only=early_exit, method="hidden")
-  hidden, cache = model.apply({"params": params}, tokens, **options)
+  options = dict(lengths=lengths, cache=cache, fresh=fresh, last_only=early_exit, tile=tile)
+  hidden, cache = model.apply({"params": params}, tokens, **options, method="hidden")
   if not early_exit:
     last = jnp.full(tokens.shape[:1], tokens.shape[1]) if lengths is None else lengths
     hidden = jnp.take_along_axis(hidden, last[:, None, None] - 1, axis=1)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -27,12 +28,9 @@ SIZES = dict(name="yoco", num_layers=4, embed_dim=32, num_heads=4, num_kv_heads=
 VARIANTS = {
   "gated": dict(num_self_heads=2),
   "window": dict(self_attention="sliding_window", window=5),
-  "diff_cross": dict(cross_attention="diff_attention", num_heads=4),
   "diff_both": dict(
     self_attention="diff_sliding_window", window=4, cross_attention="diff_attention"
   ),
-  "three_to_one": dict(num_self_layers=3),
-  "one_to_three": dict(num_self_layers=1),
   "no_self": dict(num_self_layers=0),
   "unstacked": dict(layout="unstacked"),
   "interleaved": dict(layout="interleaved"),
@@ -57,7 +55,7 @@ def _logits(model, params, tokens):
   return model.apply({"params": params}, tokens).logits
 
 
-_prefill = jax.jit(prefill, static_argnames=("model", "max_length", "early_exit"))
+_prefill = jax.jit(prefill, static_argnames=("model", "max_length", "early_exit", "tile"))
 _step = jax.jit(decode_step, static_argnums=0)
 
 
@@ -68,9 +66,8 @@ def test_yoco_05_06_early_exit_slices_and_tokens_are_one_pass(variant):
   tokens = _tokens(21)
   want = _logits(model, params, tokens)
   lengths = np.array([9, 6])
-  for early_exit in (True, False):
-    got, _ = _prefill(model, params, tokens[:, :9], lengths, max_length=21, early_exit=early_exit)
-    np.testing.assert_allclose(got, want[[0, 1], lengths - 1], rtol=2e-5, atol=2e-5)
+  got, _ = _prefill(model, params, tokens[:, :9], lengths, max_length=21)
+  np.testing.assert_allclose(got, want[[0, 1], lengths - 1], rtol=2e-5, atol=2e-5)
   cache = init_cache(model.config, 2, 21)
   start = np.zeros(2, int)
   for sizes in ((4, 1), (1, 3), (4, 2)):
@@ -86,6 +83,19 @@ def test_yoco_05_06_early_exit_slices_and_tokens_are_one_pass(variant):
     got, cache = _step(model, params, token, cache)
     np.testing.assert_allclose(got, want[[0, 1], start], rtol=5e-5, atol=5e-5)
     start += 1
+
+
+@pytest.mark.parametrize("variant", ["gated", "diff_both"])
+def test_yoco_06_early_exit_by_tiles_is_full_prefill_bit_for_bit(variant):
+  model, params = _model(variant)
+  tokens, lengths = _tokens(21, batch=3), np.array([21, 16, 6])
+  options = dict(max_length=24, tile=8)
+  early, full = (
+    _prefill(model, params, tokens, lengths, early_exit=e, **options) for e in (True, False)
+  )
+  jax.tree.map(np.testing.assert_array_equal, early, full)
+  want = _logits(model, params, tokens)[[0, 1, 2], lengths - 1]
+  np.testing.assert_allclose(early[0], want, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("variant", ["gated", "diff_both"])
@@ -130,7 +140,7 @@ def _products(model, length, early_exit):
     for eqn in jaxpr.eqns:
       if eqn.primitive.name == "dot_general" and eqn.outvars[0].aval.shape[-1] == width:
         rows.append(eqn.outvars[0].aval.size // width)
-      for sub in jax.core.jaxprs_in_params(eqn.params):
+      for sub in jax.extend.core.jaxprs_in_params(eqn.params):
         visit(sub)
 
   visit(jaxpr.jaxpr)
@@ -184,7 +194,7 @@ def test_yoco_07_decoding_writes_one_row():
     np.testing.assert_array_equal(changed, np.arange(12) == [[9], [9]])
 
 
-@pytest.mark.parametrize("variant", ["gated", "diff_cross"])
+@pytest.mark.parametrize("variant", ["gated", "diff_both"])
 def test_yoco_08_shared_kernels_have_the_sum_of_all_layers_gradients(variant):
   """By differences of fourth order along a direction; one layer's share alone is far off."""
   model, params = _model(variant)
@@ -221,7 +231,7 @@ def test_yoco_05_no_token_sees_a_later_one():
 def test_packed_documents_are_rows_of_their_own():
   tokens = _tokens(13, batch=1)
   ids = jnp.array([[1] * 5 + [2] * 8])
-  for variant in ("gated", "window", "diff_both", "unstacked"):
+  for variant in ("gated", "diff_both", "unstacked"):
     model, params = _model(variant)
     run = jax.jit(lambda p, t, **k: model.apply({"params": p}, t, **k).logits)  # noqa: B023
     packed = run(params, tokens, segment_ids=ids)
@@ -245,6 +255,14 @@ def test_packed_documents_are_rows_of_their_own():
 def test_yoco_10_diff_08_sizes_are_the_papers(name, preset, billions, digits):
   count = num_params(build_config(dict(name=name, preset=preset), vocab_size=100_288))
   assert round((count["body"] + count["norms"]) / 1e9, digits) == round(billions, digits)
+
+
+@pytest.mark.parametrize("num_self_layers", range(4))
+def test_yoco_10_every_ratio_is_built(num_self_layers):
+  config = build_config(SIZES | dict(num_self_layers=num_self_layers), VOCAB)
+  shared = [b.mixer.kind for s in config.decoder.stages for b in s.pattern * s.repeats]
+  assert shared == ["retention"] * num_self_layers + ["attention"] * (4 - num_self_layers)
+  assert num_params(config)["total"] > 0
 
 
 def test_yoco_10_a_feed_forward_of_3d_has_a_transformers_parameters():
