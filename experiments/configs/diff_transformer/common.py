@@ -150,7 +150,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   if name == "diff_v2":
     c.model.mlp_dim = default_width("swiglu", embed_dim) - embed_dim // 3
   if arg.scale == "paper":
-    c.model.update(dtype="bfloat16", remat="full", loss_chunk_size=12_536)
+    c.model.update(dtype="bfloat16", remat="full")
     c.model.rope_base = known[recipe].get("rope_base", 10_000.0)
   _EVALS.get(recipe, _text)(c, name, arg.scale)
   if arg.smoke:

@@ -94,8 +94,8 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 WINDOW_SMALL = (
-  "0.2M parameters (without embeddings), 400 steps of 64 rows of 64 bytes of a synthetic task, four "
-  "needles of a mark, a letter and a digit, all of which are asked for. A window has 8 tokens, so "
+  "0.2M parameters (without embeddings), 400 steps of 64 rows of 64 bytes of a synthetic task: "
+  "four needles of a mark, a letter and a digit, all asked for. A window has 8 tokens, so "
   "four layers reach 28 back."
 )
 
@@ -160,7 +160,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     c.init_from = f"runs/yoco_{RUNS}_{arg.scale}/{name}_{after}/seed{c.seed}"
   c.model = _model(name, recipe, **sizes, rope_base=recipe_fields.get("rope_base", 10_000.0))
   if arg.scale == "paper":
-    c.model.update(dtype="bfloat16", remat="full", loss_chunk_size=12_536)
+    c.model.update(dtype="bfloat16", remat="full")
   _EVALS.get(recipe, _text)(c, name, arg.scale)
   if arg.smoke:
     common.smoke(c)
