@@ -79,7 +79,7 @@ def _told(path: str) -> dict[str, Any]:
   try:
     return file.fields(interop.read_json(folder / file.name))
   except ValueError as e:
-    raise ValueError(f"{file.name}: {e}") from e
+    raise ValueError(f"{file.name} beside the weights: {e}") from e
 
 
 def _fields(items: list[str]) -> dict[str, Any]:
