@@ -110,12 +110,15 @@ def test_logits_and_every_gradient_are_theirs(saved, tokens, form, layout):
   found = interop.export_weights(table, grads)
   theirs = dict(model.named_parameters())
   assert found.keys() == theirs.keys()
-  for name, parameter in theirs.items():
-    grad = parameter.grad.numpy()
+  theirs = {name: parameter.grad.numpy() for name, parameter in theirs.items()}
+  for name, grad in theirs.items():
     assert np.abs(grad).max() > 1e-6, name
     np.testing.assert_allclose(
       found[name], grad, rtol=1e-3, atol=2e-5 * np.abs(grad).max(), err_msg=name
     )
+  back = interop.import_weights(table, theirs, interop.parameter_shapes(ours.config))
+  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5 * np.abs(b).max())
+  jax.tree.map(close, grads, back)
 
 
 @pytest.mark.parametrize("form", FORMS)
