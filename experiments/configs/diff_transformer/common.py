@@ -152,7 +152,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   if arg.scale == "paper":
     c.model.update(dtype="bfloat16", remat="full")
     c.model.rope_base = known[recipe].get("rope_base", 10_000.0)
-  _EVALS.get(recipe, _text)(c, name, arg.scale)
+  _EVALS.get(recipe, _text)(c, arg.scale)
+  if recipe == "ablation" and name in _MEASURED:
+    _measure(c)
   if arg.smoke:
     common.smoke(c)
     c.init_from = ""
@@ -181,28 +183,31 @@ def _small(c: ml_collections.ConfigDict, sizes: tuple) -> tuple[int, int, int]:
   return tuple(model)
 
 
-def _text(c: ml_collections.ConfigDict, model: str, scale: str) -> None:
-  """Loss, split by recall; for some models, logits quantised and looked at."""
+def _text(c: ml_collections.ConfigDict, scale: str) -> None:
+  """Loss, split by recall."""
   small = scale == "small"
-  batches = 64 if small else 16
-  options = dict(split="validation", every_steps=c.train_steps if small else 1_000)
-  loss = dict(type="perplexity", max_batches=batches, **options)
-  c.evals = dict(validation=loss | dict(recall_order=2))
+  options = dict(type="perplexity", split="validation", max_batches=64 if small else 16)
+  options["every_steps"] = c.train_steps if small else 1_000
+  c.evals = dict(validation=options | dict(recall_order=2))
   # A pair of bytes says little; four are as long as a token of the paper.
-  c.evals.validation_4 = loss | dict(recall_order=4)
-  if model in _MEASURED:
-    fewer = options | dict(max_batches=batches // 4, every_steps=c.train_steps)
-    c.evals.activations = dict(type="activations", **fewer)
-    for bits in BITS:
-      c.evals[f"bits_{bits}"] = dict(type="perplexity", model=dict(logit_bits=bits), **fewer)
-    c.evals.bits_all = dict(type="perplexity", **fewer)
+  c.evals.validation_4 = options | dict(recall_order=4)
 
 
-def _needles(c: ml_collections.ConfigDict, model: str, scale: str) -> None:
+def _measure(c: ml_collections.ConfigDict) -> None:
+  """Table 5 and figure 8, of a quarter of the text."""
+  options = dict(split="validation", max_batches=c.evals.validation.max_batches // 4)
+  options["every_steps"] = c.train_steps
+  c.evals.activations = dict(type="activations", **options)
+  c.evals.bits_all = dict(type="perplexity", **options)
+  for bits in BITS:
+    c.evals[f"bits_{bits}"] = c.evals.bits_all.to_dict() | dict(model=dict(logit_bits=bits))
+
+
+def _needles(c: ml_collections.ConfigDict, scale: str) -> None:
   """Table 2; at the small scale table 3, and the task that is trained."""
   options = dict(type="needles", num_samples=50, every_steps=c.train_steps)
   if scale == "paper":
-    _text(c, model, scale)
+    _text(c, scale)
     options["hay"] = "text"
   else:
     c.data.update(source="synthetic", task="multi_needle")
@@ -213,18 +218,18 @@ def _needles(c: ml_collections.ConfigDict, model: str, scale: str) -> None:
     c.evals[f"needles_{needles}"] = options | dict(num_needles=needles, num_queries=queries)
 
 
-def _long(c: ml_collections.ConfigDict, model: str, scale: str) -> None:
+def _long(c: ml_collections.ConfigDict, scale: str) -> None:
   """Figures 4 and 5."""
-  _text(c, model, scale)
+  _text(c, scale)
   c.evals.validation.num_buckets = 8
   options = dict(type="needles", hay="text", num_needles=8, num_samples=50)
   for k in NEEDLE_LENGTHS:
     c.evals[f"needles_{k}k"] = options | dict(seq_length=1024 * k, every_steps=c.train_steps)
 
 
-def _shots(c: ml_collections.ConfigDict, model: str, scale: str) -> None:
+def _shots(c: ml_collections.ConfigDict, scale: str) -> None:
   """Figures 6, 7 and 11."""
-  del model, scale
+  del scale
   c.data.update(source="synthetic", task="many_shot")
   options = dict(type="many_shot", num_samples=8, every_steps=c.train_steps)
   c.evals = dict(shots=options, shots_in_turn=options | dict(order="alternating"))

@@ -4,8 +4,8 @@ r"""Outliers among activations: table 5 of the Differential Transformer, arXiv 2
       --config=experiments/configs/diff_transformer/table5_outliers.py
 
 The largest magnitudes of attention logits and of hidden states on 0.4M tokens, and the median. The
-paper's are of 3B and 350B tokens, runs which table8_accuracy.py has, with the same evaluation; here
-the runs are those of table 6, so that nothing more is trained.
+paper's are of 3B parameters and 350B tokens; here the runs are those of table 6, so that nothing
+more is trained.
 """
 
 from experiments.configs.diff_transformer import common

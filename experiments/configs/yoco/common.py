@@ -161,7 +161,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   c.model = _model(name, recipe, **sizes, rope_base=recipe_fields.get("rope_base", 10_000.0))
   if arg.scale == "paper":
     c.model.update(dtype="bfloat16", remat="full")
-  _EVALS.get(recipe, _text)(c, name, arg.scale)
+  _EVALS.get(recipe, _text)(c, arg.scale)
+  if arg.scale == "small" and recipe == "160m" and name in COMPARED:
+    _extend(c)
   if arg.smoke:
     common.smoke(c)
     c.init_from = ""
@@ -242,24 +244,27 @@ def _optimise(
   c.optimizer.update(peak_lr=peak_lr, warmup_steps=warmup)
 
 
-def _text(c: ml_collections.ConfigDict, model: str, scale: str) -> None:
-  """Loss, split by recall; at the small scale, behind the trained length too."""
+def _text(c: ml_collections.ConfigDict, scale: str) -> None:
+  """Loss, split by recall."""
   small = scale == "small"
-  options = dict(type="perplexity", split="validation")
+  options = dict(type="perplexity", split="validation", max_batches=64 if small else 16)
   options["every_steps"] = c.train_steps if small else 1_000
-  loss = options | dict(max_batches=64 if small else 16)
-  c.evals = dict(validation=loss | dict(recall_order=2))
+  c.evals = dict(validation=options | dict(recall_order=2))
   # A pair of bytes says little; four are as long as a token of the paper.
-  c.evals.validation_4 = loss | dict(recall_order=4)
-  if small and model in COMPARED and c.data.seq_length < LONG:
-    long = options | dict(seq_length=LONG, max_batches=64 * c.data.seq_length // LONG)
-    c.evals.long = long
-    c.evals.long_base = long | dict(model=dict(rope_base=LONG_BASE))
+  c.evals.validation_4 = options | dict(recall_order=4)
 
 
-def _long(c: ml_collections.ConfigDict, model: str, scale: str) -> None:
+def _extend(c: ml_collections.ConfigDict) -> None:
+  """The same text in longer windows, without and with the longer wave length."""
+  options = dict(type="perplexity", split="validation", every_steps=c.train_steps)
+  options |= dict(seq_length=LONG, max_batches=64 * c.data.seq_length // LONG)
+  c.evals.long = options
+  c.evals.long_base = options | dict(model=dict(rope_base=LONG_BASE))
+
+
+def _long(c: ml_collections.ConfigDict, scale: str) -> None:
   """Table 4, and figures 4 and 5."""
-  _text(c, model, scale)
+  _text(c, scale)
   c.evals.validation.num_buckets = 8
   options = dict(type="needles", hay="text", num_queries=1, every_steps=c.train_steps)
   elevenths = options | dict(seq_length=2**17, num_samples=5)
@@ -271,8 +276,8 @@ def _long(c: ml_collections.ConfigDict, model: str, scale: str) -> None:
     c.evals[f"needle_{k}k"] = tenths | dict(num_needles=1, seq_length=1024 * k)
 
 
-def _window(c: ml_collections.ConfigDict, model: str, scale: str) -> None:
-  del model, scale
+def _window(c: ml_collections.ConfigDict, scale: str) -> None:
+  del scale
   c.data.update(source="synthetic", task="multi_needle")
   c.data.task_options.update(num_needles=4, num_queries=4, key_length=1, value_length=1)
   c.evals = dict(needles=dict(type="needles", every_steps=c.train_steps))

@@ -1,7 +1,7 @@
 r"""Needles beyond the window: what the cross-decoder adds to a window of attention.
 
   python -m experiments.tables --scale=small --seeds=0,1,2 \
-      --config=experiments/configs/yoco/window_needles.py
+      --config=experiments/configs/yoco/needles_beyond_window.py
 
 Section 3 of YOCO, https://arxiv.org/abs/2405.05254, in small; the paper has no figures of this. A
 self-decoder alone, a Transformer with a window in all layers, cannot see a needle that lies further
