@@ -76,7 +76,7 @@ PAPER = dict(
   transformer_memory_gb="20 at 2048 to 43-45 at 8192 tokens (read off the plot)",
 )
 # What libtpu looks for where there is no TPU.
-_WITHOUT_TPU = dict(
+WITHOUT_TPU = dict(
   TPU_SKIP_MDS_QUERY="1",
   TPU_WORKER_HOSTNAMES="localhost",
   TPU_ACCELERATOR_TYPE="v5litepod-4",
@@ -263,7 +263,7 @@ def draw(result: Mapping[str, Any], path: pathlib.Path) -> None:
 
 
 def main() -> None:
-  os.environ.update({k: v for k, v in _WITHOUT_TPU.items() if k not in os.environ})
+  os.environ.update({k: v for k, v in WITHOUT_TPU.items() if k not in os.environ})
   for flag, known in ((_TARGETS, TARGETS), (_MODELS, ("retnet", "transformer"))):
     if unknown := set(flag.value) - set(known):
       raise ValueError(f"--{flag.name}: unknown {sorted(unknown)}; choose among {list(known)}")

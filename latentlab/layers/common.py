@@ -80,7 +80,7 @@ class Context:
 
 
 def wanted(module: nn.Module, collection: str) -> bool:
-  """Whether a caller asks for what a module would sow; to initialise parameters asks for nothing."""
+  """Whether a caller asks for what a module would sow; initialisation asks for nothing."""
   return module.is_mutable_collection(collection) and not module.is_initializing()
 
 

@@ -227,14 +227,28 @@ class DecoderConfig:
 
   def flops_per_token(self, seq_length: int) -> float:
     """Matmul flops of a forward pass over `seq_length` tokens, per token."""
-    shared = self.shared_kv.flops_per_token(self.embed_dim) if self.shared_kv else 0
-    return shared + sum(
+    return self._flops(self.stages, seq_length) + self._shared_flops
+
+  def prefill_flops(self, length: int) -> float:
+    """Matmul flops of reading a prompt, of whose tokens a cross-decoder runs for the last alone."""
+    if self.shared_kv is None:
+      return self.flops_per_token(length) * length
+    before, behind = self.stages[: self.num_self_stages], self.stages[self.num_self_stages :]
+    each = self._flops(before, length) + self._shared_flops
+    return each * length + self._flops(behind, 2 * length)  # The last query sees all keys.
+
+  @property
+  def _shared_flops(self) -> float:
+    return 0 if self.shared_kv is None else self.shared_kv.flops_per_token(self.embed_dim)
+
+  def _flops(self, stages: tuple[Stage, ...], seq_length: int) -> float:
+    return sum(
       stage.repeats
       * (
         block.mixer.flops_per_token(self.embed_dim, seq_length)
         + block.feed_forward.flops_per_token(self.embed_dim)
       )
-      for stage in self.stages
+      for stage in stages
       for block in stage.pattern
     )
 

@@ -2,11 +2,19 @@
 
 import collections
 import pathlib
+import re
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from latentlab.train import metrics
+
+
+_AXES = re.compile(r"(\w+_)?(position|depth|shots)_(\d+)(?:_\d+)?")
+"""Metrics that one evaluation has at several places of an axis."""
+
+_AXIS_NAMES = dict(position="positions", depth="depths", shots="shots")
+_LABELS = dict(positions="position", depths="depth, % of the context", shots="shots")
 
 
 def write_plots(workdir: str | pathlib.Path) -> list[pathlib.Path]:
@@ -28,10 +36,10 @@ def write_plots(workdir: str | pathlib.Path) -> list[pathlib.Path]:
   pictures = {"loss": ["train/loss"], "lr": ["train/lr"]}
   for name in [name for name in curves if name.startswith("eval/")]:
     _, evaluation, metric = name.split("/", 2)
-    if metric.startswith("position_"):  # One picture of the last values, over positions.
-      title = f"{evaluation}_positions"
-      first = int(metric.split("_")[1])
-      curves[title].append((first, curves[name][-1][1]))
+    if over := _AXES.fullmatch(metric):  # One picture of the last values, over that axis.
+      what, axis, place = over.groups()
+      title = f"{evaluation}_{what or ''}{_AXIS_NAMES[axis]}"
+      curves[title].append((int(place), curves[name][-1][1]))
       pictures[title] = [title]
     else:
       pictures[f"{evaluation}_{metric}"] = [name]
@@ -52,7 +60,8 @@ def _draw(path: pathlib.Path, curves: dict[str, list[tuple[int, float]]]) -> pat
   axes = figure.subplots()
   for name, points in curves.items():
     axes.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 50 else None)
-  axes.set_xlabel("position" if path.stem.endswith("_positions") else "step")
+  axis = path.stem.rpartition("_")[2]
+  axes.set_xlabel(_LABELS.get(axis, "step"))
   axes.grid(alpha=0.3)
   axes.legend()
   figure.savefig(path, dpi=120)

@@ -115,9 +115,12 @@ def test_plots(tmp_path):
         "eval/validation/loss": 2.0,
         "eval/validation/position_0_7": 2.0,
         "eval/validation/position_8_15": 1.0,
+        "eval/recall/accuracy_depth_0": 0.2,
+        "eval/recall/accuracy_depth_50": 0.7,
       },
     )
   writer.close()
   names = {p.name for p in plots.write_plots(tmp_path)}
-  assert names == {"loss.png", "lr.png", "validation_loss.png", "validation_positions.png"}
+  evaluations = {"validation_loss.png", "validation_positions.png", "recall_accuracy_depths.png"}
+  assert names == {"loss.png", "lr.png"} | evaluations
   assert all((tmp_path / "plots" / n).read_bytes().startswith(b"\x89PNG") for n in names)
