@@ -9,7 +9,6 @@ from matplotlib.figure import Figure
 
 from latentlab.train import metrics
 
-
 _AXES = re.compile(r"(\w+_)?(position|depth|shots)_(\d+)(?:_\d+)?")
 """Metrics that one evaluation has at several places of an axis."""
 
