@@ -22,6 +22,7 @@ VOCAB, LENGTH, ROWS = 64, 16, 16
 MODELS = {
   "transformer": dict(num_kv_heads=2),
   "retnet": dict(chunk_size=4),
+  "diff_transformer": dict(num_kv_heads=2, init="fan_in"),
   "yoco": dict(num_kv_heads=2, self_attention="sliding_window", window=3),
 }
 LAYOUTS = {
@@ -126,7 +127,11 @@ def _difference(got, want):
 @pytest.mark.slow
 @pytest.mark.parametrize(
   "model, layout",
-  [*itertools.product(("transformer", "retnet"), LAYOUTS), ("yoco", "mixed")],
+  [
+    *itertools.product(("transformer", "retnet"), LAYOUTS),
+    ("yoco", "mixed"),
+    ("diff_transformer", "mixed"),
+  ],
 )
 def test_every_layout_trains_to_equal_parameters(model, layout):
   want_first, want = _run(model, "one device")
