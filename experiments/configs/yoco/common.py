@@ -150,15 +150,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   known = PAPER if arg.scale == "paper" else SMALL
   if recipe not in known:
     raise ValueError(f"row={arg.row!r} has no scale={arg.scale!r}; choose another")
-  recipe_fields = known[recipe]
+  r = known[recipe]
   c = common.language_model(seed=arg.seed)
-  if arg.scale == "paper":
-    sizes = _paper(c, recipe_fields)
-  else:
-    sizes = _small(c, recipe_fields)
-  if after := recipe_fields.get("after"):  # Where `experiments.tables` leaves it.
+  sizes = _paper(c, r) if arg.scale == "paper" else _small(c, r)
+  if after := r.get("after"):  # Where `experiments.tables` leaves it.
     c.init_from = f"runs/yoco_{RUNS}_{arg.scale}/{name}_{after}/seed{c.seed}"
-  c.model = _model(name, recipe, **sizes, rope_base=recipe_fields.get("rope_base", 10_000.0))
+  c.model = _model(name, recipe, **sizes, rope_base=r.get("rope_base", 10_000.0))
   if arg.scale == "paper":
     c.model.update(dtype="bfloat16", remat="full")
   _EVALS.get(recipe, _text)(c, arg.scale)
@@ -187,7 +184,7 @@ def _model(
   self_share = fields.pop("self_share", 0.5)
   m = common.model(**fields, num_layers=num_layers, embed_dim=embed_dim, feed_forward="swiglu")
   m.update(norm="rms", norm_eps=1e-5, scale_embeddings=True)
-  m.tie_embeddings = not recipe.startswith("3b")
+  m.tie_embeddings = recipe.startswith("160m") or recipe in SMALL
   if "rope_base" in m:
     m.rope_base = rope_base
   if m.name == "h3":
