@@ -73,6 +73,34 @@ def test_retnet_has_one_function_and_a_state_of_one_size(execute):
   assert state == pytest.approx(keys, rel=0.01)  # Positions and lengths aside.
 
 
+@pytest.mark.slow
+def test_diff_transformer_shows_both_maps_and_their_difference(execute, tmp_path):
+  notebook = execute("diff_transformer.ipynb")  # Which asserts that weights are the difference.
+  assert len(_pictures(notebook)) == 4  # Lambda, maps, a row of them, shares of attention.
+  printed = "".join(_printed(cell) for cell in notebook.cells if cell.cell_type == "code")
+  (before,) = re.findall(r"lambda before ([-\d. ]+) after", printed)
+  before = [float(x) for x in before.split()]
+  assert before == pytest.approx([0.2, 0.356, 0.471], abs=0.2)  # The schedule, and chance.
+  shares = re.findall(r"(answer|noise) +(\w+).*? (-?[\d.]+)\n", printed)
+  assert len(shares) == 6 and sum(float(x) for _, model, x in shares if model == "Transformer") < 1
+  for row in ("transformer", "diff"):
+    assert (tmp_path / "run" / f"{row}_needles" / "metrics.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_yoco_has_one_cache_and_leaves_early(execute, tmp_path):
+  notebook = execute("yoco.ipynb")  # Which asserts what it says.
+  assert len(_pictures(notebook)) == 2  # Bytes, and times.
+  printed = "".join(_printed(cell) for cell in notebook.cells if cell.cell_type == "code")
+  tokens = re.findall(r"at 1M tokens: +([\d.]+) GB", printed)
+  transformer, *yocos = (float(x) for x in tokens)
+  assert len(yocos) == 2 and all(24 < transformer / x < 26 for x in yocos)
+  assert printed.count("differ by") == 4 and printed.count(" ms\n") == 6
+  _, _, text = _printed(notebook.cells[-1]).partition("diff_attention\n")
+  assert text.startswith("import os") and len(text) > len("import os\n\n\ndef read(")
+  assert (tmp_path / "run" / "combined" / "metrics.jsonl").exists()
+
+
 def test_every_notebook_is_run_here():
   source = pathlib.Path(__file__).read_text()
   for path in _NOTEBOOKS:
