@@ -14,6 +14,7 @@ import math
 import os
 import pathlib
 import re
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,6 +34,9 @@ from latentlab.train import partition, task
 # YOCO's chunk parallelism at 32k tokens a row.
 _CHIPS = "v5p:2x2x2"
 CASES: dict[str, dict[str, Any]] = {
+  "yoco_160m_seq": dict(
+    model=dict(name="yoco", preset="160m"), mesh=dict(fsdp=2, seq=4), shape=(2, 2048)
+  ),
   "transformer_2b7": dict(
     model=dict(name="transformer", preset="2b7"), mesh=dict(fsdp=8), shape=(8, 4096)
   ),
@@ -79,7 +83,11 @@ def compile_step(case: Mapping[str, Any], topology: str) -> dict[str, Any]:
   )
   batch = dict(inputs=ids, targets=ids, weights=weights, positions=None, segment_ids=ids)
   start = time.perf_counter()
-  compiled = trainer.lower(trainer.abstract_state, batch).compile()
+  with tempfile.TemporaryDirectory() as folder:
+    # `as_text` fails for programs with asynchronous calls of several operands.
+    options = dict(xla_dump_to=folder, xla_dump_hlo_as_text=True)
+    compiled = trainer.lower(trainer.abstract_state, batch).compile(options)
+    program = _newest(pathlib.Path(folder))
   held = compiled.memory_analysis()
   arguments, temporaries = held.argument_size_in_bytes, held.temp_size_in_bytes
   outputs, aliased = held.output_size_in_bytes, held.alias_size_in_bytes
@@ -89,9 +97,19 @@ def compile_step(case: Mapping[str, Any], topology: str) -> dict[str, Any]:
     state_bytes_per_chip=arguments,
     temporary_bytes_per_chip=temporaries,
     total_bytes_per_chip=arguments + outputs - aliased + temporaries,
-    collectives=collectives(compiled.as_text()),
+    collectives=collectives(program),
     compile_seconds=round(time.perf_counter() - start, 1),
   )
+
+
+def _newest(dumps: pathlib.Path) -> str:
+  """The last program that was written."""
+  programs = sorted(
+    dumps.glob("*after_codegen.txt"), key=lambda path: (path.stat().st_mtime, path.stat().st_size)
+  )
+  if not programs:
+    raise RuntimeError(f"libtpu wrote no program: {sorted(p.name for p in dumps.iterdir())[:20]}")
+  return programs[-1].read_text()
 
 
 def collectives(text: str) -> dict[str, dict[str, int]]:
