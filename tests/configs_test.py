@@ -46,11 +46,9 @@ _EVERY = list(
   }.values()
 )
 # Whose losses are traced too: one of each folder and scale, whose rows differ in sizes and mixers.
-_TRACED = set(
-  {
-    (file.parent, argument.partition("scale=")[2]): (file, argument) for file, argument in _EVERY
-  }.values()
-)
+_TRACED = {
+  (file.parent, argument.partition("scale=")[2]): (file, argument) for file, argument in _EVERY
+}.values()
 _each = pytest.mark.parametrize("file, argument", _EVERY, ids=[f"{f}:{a}" for f, a in _EVERY])
 _each_run = pytest.mark.parametrize(
   "file", {_module(file).get_config: file for file in _FILES}.values(), ids=str
