@@ -95,7 +95,7 @@ def test_yoco_has_one_cache_and_leaves_early(execute, tmp_path):
   tokens = re.findall(r"at 1M tokens: +([\d.]+) GB", printed)
   transformer, *yocos = (float(x) for x in tokens)
   assert len(yocos) == 2 and all(24 < transformer / x < 26 for x in yocos)
-  assert printed.count("differ by") == 4 and printed.count(" ms\n") == 6
+  assert printed.count("differ by") == 4 and printed.count(" ms\n") == 3
   _, _, text = _printed(notebook.cells[-1]).partition("diff_attention\n")
   assert text.startswith("import os") and len(text) > len("import os\n\n\ndef read(")
   assert (tmp_path / "run" / "combined" / "metrics.jsonl").exists()
