@@ -11,11 +11,15 @@ def test_collectives_are_read_from_a_program():
   %a = bf16[4,8]{1,0} all-gather(bf16[1,8] %x), dimensions={0}
   %b = (f32[2]{0}, f32[16]{0}) all-gather-start(f32[2] %y), dimensions={0}
   %c = f32[16]{0} all-gather-done((f32[2], f32[16]) %b)
+  %e = (bf16[8,128], bf16[8,128], u32[], u32[]) collective-permute-start(bf16[8,128] %w)
+  %f = (f32[16], f32[64]) all-reduce-start(f32[16] %v, f32[64] %u), to_apply=%add
   %d = f32[2,3]{1,0} reduce-scatter(f32[8,3] %z), to_apply=%add
   """
   assert tpu_train.collectives(text) == {
     "all-gather": dict(count=2, bytes=4 * 8 * 2 + 16 * 4),
+    "all-reduce": dict(count=1, bytes=320),
     "reduce-scatter": dict(count=1, bytes=24),
+    "collective-permute": dict(count=1, bytes=2048),
   }
 
 

@@ -120,7 +120,9 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
     if match is None:
       continue
     shapes = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
-    if match[3] and len(shapes) > 1:  # Of a pair of operand and result.
+    if match[3] and match[2] == "collective-permute":  # Operand, result, and two words of context.
+      shapes = shapes[1:2]
+    elif match[3] and match[2] != "all-reduce":  # Operands, then results.
       shapes = shapes[len(shapes) // 2 :]
     size = sum(
       _BYTES.get(dtype, 4) * math.prod(int(n) for n in dims.split(",") if n)

@@ -23,6 +23,7 @@ from latentlab.interop.weights import (
   export_weights,
   import_weights,
   mixer_kinds,
+  number,
   parameter_shapes,
   sizes_from,
 )
@@ -140,31 +141,34 @@ def config_fields(found: Mapping[str, Any]) -> dict[str, Any]:
   if found.get("attention_bias"):
     raise ValueError("attention_bias=true: our projections have no biases")
   rope = found.get("rope_parameters") or found.get("rope_scaling") or {}
+  if not isinstance(rope, Mapping):
+    raise ValueError(f"rope_parameters={rope!r} is no table of a rotation's parameters")
   scaling = rope.get("rope_type", rope.get("type", "default"))
   if scaling != "default":
     raise ValueError(
       f"rope_type={scaling!r} scales the rotation in a way that we do not have; 'default' does not"
     )
-  heads, kv_heads = found.get("num_attention_heads"), found.get("num_key_value_heads")
+  heads, kv_heads = (
+    number(found, name, int) for name in ("num_attention_heads", "num_key_value_heads")
+  )
   for name, count in (("num_attention_heads", heads), ("num_key_value_heads", kv_heads)):
-    if count is not None and (not isinstance(count, int) or count < 2 or count % 2):
+    if count is not None and count % 2:
       raise ValueError(f"{name}={count!r} is no count of heads that are halves of pairs")
+  base = number(found, "rope_theta", float)
   fields = dict(
-    num_layers=found.get("num_hidden_layers"),
-    embed_dim=found.get("hidden_size"),
+    num_layers=number(found, "num_hidden_layers", int),
+    embed_dim=number(found, "hidden_size", int),
     num_heads=heads and heads // 2,
     num_kv_heads=kv_heads and kv_heads // 2,
-    head_dim=found.get("head_dim"),
-    mlp_dim=found.get("intermediate_size"),
+    head_dim=number(found, "head_dim", int),
+    mlp_dim=number(found, "intermediate_size", int),
     feed_forward=_ACTIVATIONS[act],
-    rope_base=rope.get("rope_theta", found.get("rope_theta")),
-    norm_eps=found.get("rms_norm_eps"),
+    rope_base=number(rope, "rope_theta", float, base),
+    norm_eps=number(found, "rms_norm_eps", float),
     tie_embeddings=found.get("tie_word_embeddings"),
-    lambda_std=found.get("lambda_std_dev"),
+    lambda_std=number(found, "lambda_std_dev", float),
   )
-  fields = {name: x for name, x in fields.items() if x is not None}
-  floats = ("rope_base", "norm_eps", "lambda_std")
-  return {name: float(x) if name in floats else x for name, x in fields.items()}
+  return {name: x for name, x in fields.items() if x is not None}
 
 
 def make_config(config: LanguageModelConfig) -> dict[str, Any]:

@@ -109,7 +109,7 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
 
   try:
     state = torch.load(path, map_location="cpu", weights_only=True)
-  except (pickle.UnpicklingError, RuntimeError, EOFError) as e:
+  except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError) as e:
     reason = str(e).splitlines()[0] if str(e) else type(e).__name__
     raise ValueError(
       f"{str(path)!r} holds more than tensors, or is damaged, and is not read ({reason}). Where it "

@@ -211,6 +211,21 @@ def sizes_from(library: str, state: StateDict, names: Mapping[str, str]) -> dict
   return found
 
 
+def number(found: Mapping[str, Any], name: str, kind: type, default: Any = None) -> Any:
+  """A positive number that a library's configuration tells; `default` where it is not there.
+
+  Raises:
+    ValueError: it is none, or no `kind`.
+  """
+  value = found.get(name)
+  if value is None:
+    return default
+  whole = isinstance(value, int) and not isinstance(value, bool)
+  if not (whole or (kind is float and isinstance(value, float))) or not value > 0:
+    raise ValueError(f"{name}={value!r} is no positive {kind.__name__}")
+  return kind(value)
+
+
 def check_told(library: str, fields: Mapping[str, Any], hints: Mapping[str, str]) -> None:
   """Raises a `ValueError` for fields that weights do not tell, with hints what they may be."""
   if untold := {name: hint for name, hint in hints.items() if fields.get(name) is None}:

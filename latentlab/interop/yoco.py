@@ -19,6 +19,7 @@ from latentlab.interop.weights import (
   export_weights,
   import_weights,
   mixer_kinds,
+  number,
   parameter_shapes,
   sizes_from,
   without_prefix,
@@ -121,9 +122,10 @@ def config_fields(found: Mapping[str, Any]) -> dict[str, Any]:
   )
   if missing := [name for name in sizes if name not in found]:
     raise ValueError(f"{missing} are missing among {sorted(found)}")
-  fields = {ours: found[theirs] for theirs, ours in sizes.items() if found[theirs] is not None}
-  fields["rope_base"] = float(found.get("rope_theta", 10_000.0))
-  fields["norm_eps"] = found.get("norm_eps", 1e-5)
+  fields = {ours: number(found, theirs, int) for theirs, ours in sizes.items()}
+  fields = {name: x for name, x in fields.items() if x is not None}
+  fields["rope_base"] = number(found, "rope_theta", float, 10_000.0)
+  fields["norm_eps"] = number(found, "norm_eps", float, 1e-5)
   window = found.get("sliding_window")
   if window is None:
     return fields | dict(self_attention="gated_retention")

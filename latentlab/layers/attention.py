@@ -54,7 +54,7 @@ class AttentionConfig:
 
   @property
   def kv_heads(self) -> int:
-    return self.num_kv_heads or self.num_heads
+    return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
   @property
   def shared_sizes(self) -> tuple[int, int, int]:
@@ -139,6 +139,11 @@ class Seen:
   gathered: Any = None
 
   @property
+  def in_place(self) -> bool:
+    """Whether queries and keys are the same tokens, in place."""
+    return self.positions is None and self.kv_valid is None
+
+  @property
   def conditions(self) -> dict[str, Any]:
     """As keywords of `ops.attention`."""
     names = ("positions", "kv_positions", "segment_ids", "kv_segment_ids", "kv_valid")
@@ -171,22 +176,19 @@ def own_keys(
   length = "act_length" if context.in_place else None
   axes = ("act_batch", length, "act_kv_heads", None)
   k, v = nn.with_logical_constraint(k, axes), nn.with_logical_constraint(v, axes)
-  # The first tokens of rows attend among themselves, whatever slots the cache gives them.
-  fresh = context.fresh and context.in_place
-  fresh = fresh and context.allowed is None and context.key_bias is None
-  if isinstance(cache, RingCache) and not fresh:
+  if isinstance(cache, RingCache) and not context.among_themselves:
     return _ring(k, v, context, cache)
   positions = context.positions
   if cache is not None:
-    cache = cache.append(k, v, positions, context.lengths)
-  if cache is not None and not fresh:
+    cache = cache.append(k, v, positions, context.lengths, in_place=context.in_place)
+  if cache is not None and not context.among_themselves:
     return Seen(
       cache.k,
       cache.v,
       positions=positions,
       kv_positions=cache.positions,
       kv_valid=cache.valid,
-      slots=context.in_place,
+      slots=context.in_place and cache.in_place,
       overflowed=cache.overflowed,
     ), cache
   # Places tell a mask, and the masks of documents' own blocks, all that it asks for.
@@ -238,7 +240,8 @@ def _ring(
         f"slots of a cache under {cache.mask} are used again, so that {name} names no key; "
         "decode with mask='causal'"
       )
-  positions, after = context.positions, cache.append(k, v, context.positions, context.lengths)
+  positions = context.positions
+  after = cache.append(k, v, positions, context.lengths, in_place=context.in_place)
   keys = (after.k, after.v, after.positions)
   windowed = k.shape[1] > 1
   if windowed:

@@ -66,12 +66,14 @@ class KVCache(Cache):
     positions: Position of each key, `EMPTY` where there is none. Positions belong to the model and
       need not equal slots.
     lengths: Tokens held per row.
+    in_place: Whether each position is its slot, because no pass gave positions of its own.
   """
 
   k: Float[Array, "*layers B S K H"]
   v: Float[Array, "*layers B S K V"]
   positions: Int[Array, "*layers B S"]
   lengths: Int[Array, "*layers B"]
+  in_place: bool = struct.field(pytree_node=False, default=True, kw_only=True)
 
   @classmethod
   def empty(
@@ -109,8 +111,13 @@ class KVCache(Cache):
     v: Float[Array, "B T K V"],
     positions: Int[Array, "B T"],
     lengths: Int[Array, " B"] | None = None,
+    *,
+    in_place: bool = True,
   ) -> "KVCache":
-    """Writes the first `lengths` (all if `None`) of `T` tokens behind each row's last one."""
+    """Writes the first `lengths` (all if `None`) of `T` tokens behind each row's last one.
+
+    `in_place` says that `positions` count on from there.
+    """
     batch_size, num_tokens = positions.shape
     rows = jnp.arange(batch_size)[:, None]
     if lengths is None:
@@ -133,6 +140,7 @@ class KVCache(Cache):
       v=write(self.v, v),
       positions=write(self.positions, positions),
       lengths=self.lengths + lengths,
+      in_place=self.in_place and in_place,
     )
 
   def _slots(self, tokens: Int[Array, " T"], lengths: Int[Array, "B 1"]) -> Int[Array, "B T"]:
@@ -199,9 +207,11 @@ class RingCache(KVCache):
     v: Float[Array, "B T K V"],
     positions: Int[Array, "B T"],
     lengths: Int[Array, " B"] | None = None,
+    *,
+    in_place: bool = True,
   ) -> "RingCache":
     """As `KVCache.append`; what no query will see again is dropped."""
-    new = super().append(k, v, positions, lengths)
+    new = super().append(k, v, positions, lengths, in_place=in_place)
     newest = jnp.max(jnp.where(new.valid, new.positions, -1), axis=1)
     seen = self.mask(newest[:, None, None], new.positions[:, None])[:, 0]
     return dataclasses.replace(new, positions=jnp.where(seen, new.positions, EMPTY))

@@ -72,6 +72,15 @@ class Context:
   fresh: bool = struct.field(pytree_node=False, default=False)
 
   @property
+  def among_themselves(self) -> bool:
+    """Whether tokens see tokens of this pass alone, although a cache is there to keep them.
+
+    The first tokens of rows do, whatever slots the cache gives them; but masks of a caller's own
+    name slots.
+    """
+    return self.fresh and self.in_place and self.allowed is None and self.key_bias is None
+
+  @property
   def valid(self) -> Bool[Array, "B T"] | None:
     """Tokens that are not padding; `None` if all are valid."""
     if self.lengths is None:

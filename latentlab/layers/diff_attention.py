@@ -115,7 +115,7 @@ class DiffAttentionConfig:
 
   @property
   def kv_heads(self) -> int:
-    return self.num_kv_heads or self.num_heads
+    return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
   @property
   def value_dim(self) -> int:
@@ -241,8 +241,7 @@ class DiffAttention(nn.Module):
     c = self.config
     plain = context.allowed is None and context.key_bias is None
     plain = plain and c.positions.kind != "alibi" and c.positions.decay(c.head_dim) is None
-    in_place = seen.positions is None and seen.kv_valid is None
-    masked = c.mask.kind in ("causal", "sliding_window") and in_place
+    masked = c.mask.kind in ("causal", "sliding_window") and seen.in_place
     return plain and not seen.windowed and (masked or (c.mask.kind == "causal" and seen.slots))
 
   def _fused(self, q, seen, context, lam, lambda_init):
@@ -258,7 +257,7 @@ class DiffAttention(nn.Module):
       documents = dict(segment_ids=seen.segment_ids, kv_segment_ids=kv_segment_ids)
       return ops.diff_attention(q, k, v, lam, **documents, **options)
     k, v = _maps_apart(seen.k.astype(q.dtype), c), seen.v.astype(q.dtype)
-    if not seen.slots:
+    if seen.in_place:  # Of keys whose places are known when the call is traced.
       documents = dict(segment_ids=seen.segment_ids, kv_segment_ids=seen.kv_segment_ids)
       return ops.diff_attention(q, k, v, lam, window=c.mask.size, **documents, **options)
     first = jnp.broadcast_to(context.positions[:, 0], q.shape[:1])

@@ -39,6 +39,8 @@ class FeedForwardConfig:
   float32_activation: bool = False
 
   def __post_init__(self):
+    if self.mlp_dim < 1:
+      raise ValueError(f"mlp_dim={self.mlp_dim} must be positive")
     if self.kind not in KINDS:
       raise ValueError(f"unknown feed_forward {self.kind!r}; choose one of {KINDS}")
 

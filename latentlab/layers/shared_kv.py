@@ -120,16 +120,16 @@ class SharedKVProjection(nn.Module):
     v = heads("v_proj", c.num_kv_heads, c.value_dim, role="mixer_value")
     overflowed = None
     if cache is not None:
-      cache = cache.append(k, v, context.positions, context.lengths)
+      cache = cache.append(k, v, context.positions, context.lengths, in_place=context.in_place)
       overflowed = cache.overflowed
-      if not (context.fresh and context.in_place):
+      if not context.among_themselves:
         return SharedKV(
           cache.k,
           cache.v,
           cache.positions,
           valid=cache.valid,
           overflowed=overflowed,
-          slots=context.in_place,
+          slots=context.in_place and cache.in_place,
         ), cache
     spec, gathered = mesh_spec("act_batch", "act_length", "act_kv_heads", None), None
     if cache is None and context.in_place and spec is not None and spec[1]:

@@ -39,6 +39,10 @@ def diff_transformer(
   rope_grid: str = "rope",
   rope_layout: str = "interleaved",
   train_length: int | None = None,
+  xpos_scale_base: float | None = None,
+  xpos_gamma: float = 0.4,
+  xpos_rotation: bool = True,
+  xpos_center: int | None = None,
   mask: str = "causal",
   mask_size: int | None = None,
   lambda_mode: str = "reparam",
@@ -68,7 +72,11 @@ def diff_transformer(
     rope_base: Wave length base of `rope` and `xpos`.
     rope_grid: Frequencies of `rope`.
     rope_layout: Which features are a pair.
-    train_length: Tokens of a training window, which `mask_size` and xPos follow.
+    train_length: Tokens of a training window; see `transformer`.
+    xpos_scale_base: See there.
+    xpos_gamma: See there.
+    xpos_rotation: See there.
+    xpos_center: See there.
     mask: `causal`, `sliding_window` or `blockwise_causal`.
     mask_size: Window or block; as `None`, see `transformer`.
     lambda_mode: `reparam`, `constant` or `token`; see `layers.DiffAttentionConfig`.
@@ -105,6 +113,10 @@ def diff_transformer(
       rope_base=rope_base,
       rope_grid=rope_grid,
       rope_layout=rope_layout,
+      xpos_scale_base=xpos_scale_base,
+      xpos_gamma=xpos_gamma,
+      xpos_rotation=xpos_rotation,
+      xpos_center=xpos_center,
     ),
     mask=inference_mask(mask, mask_size, train_length),
     lambda_mode=lambda_mode,
@@ -118,7 +130,9 @@ def diff_transformer(
     logit_bits=logit_bits,
     implementation=implementation,
   )
-  feed_forward = FeedForwardConfig(mlp_dim or default_width(feed_forward, embed_dim), feed_forward)
+  if mlp_dim is None:
+    mlp_dim = default_width(feed_forward, embed_dim)
+  feed_forward = FeedForwardConfig(mlp_dim, feed_forward)
   return stack(
     mixer,
     feed_forward,

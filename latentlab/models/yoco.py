@@ -17,11 +17,13 @@ from latentlab.layers import (
   SharedKVConfig,
   Stage,
 )
+from latentlab.layers.positions import split_scheme
+from latentlab.models.diff_transformer import V2
 from latentlab.models.language_model import LanguageModelConfig, stack
 from latentlab.models.transformer import inference_mask, mixer_positions
 
 SELF_ATTENTIONS = ("gated_retention", "sliding_window", "diff_sliding_window")
-CROSS_ATTENTIONS = ("attention", "diff_attention")
+CROSS_ATTENTIONS = ("attention", "diff_attention", "diff_attention_v2")
 LAYOUTS = ("stacked", "unstacked", "interleaved")
 
 
@@ -65,6 +67,7 @@ def yoco(
   head_dim: int | None = None,
   num_self_layers: int | None = None,
   num_self_heads: int | None = None,
+  num_self_kv_heads: int | None = None,
   self_head_dim: int | None = None,
   self_attention: str = "gated_retention",
   cross_attention: str = "attention",
@@ -74,6 +77,8 @@ def yoco(
   chunk_size: int | None = None,
   mlp_dim: int | None = None,
   feed_forward: str = "swiglu",
+  lambda_init: float | None = None,
+  positions: str = "rope",
   rope_base: float = 10_000.0,
   rope_grid: str = "linspace",
   rope_layout: str = "interleaved",
@@ -95,9 +100,10 @@ def yoco(
     head_dim: Their size, of a map; `embed_dim / num_heads` if `None`, half of it with two maps.
     num_self_layers: Layers of the self-decoder, from 0 on; half of `num_layers` if `None`.
     num_self_heads: Heads of the self-decoder; `num_heads` if `None`.
+    num_self_kv_heads: Its key and value heads; `num_self_heads` if `None`.
     self_head_dim: Their size; `embed_dim / num_self_heads` if `None`, half of it with two maps.
     self_attention: `gated_retention`, `sliding_window`, or `diff_sliding_window`.
-    cross_attention: `attention` or `diff_attention`.
+    cross_attention: `attention`, `diff_attention`, or `diff_attention_v2`, whose maps share keys.
     layout: `stacked`; `unstacked`, whose cross-decoder begins with the embeddings; or
       `interleaved`, which has no shared cache: every second layer is full attention of its own
       (table 6).
@@ -106,6 +112,8 @@ def yoco(
     chunk_size: Chunk length asked of retention.
     mlp_dim: Feed-forward width; `3 D` if `None`.
     feed_forward: `swiglu`, `geglu`, `gelu` or `relu`.
+    lambda_init: Of differential attention, the same for all layers; by depth if `None`.
+    positions: `rope` of both halves, `none`, or the embedding's `sinusoidal` or `learned`.
     rope_base: Wave length base of all rotations.
     rope_grid: `linspace` as the original release, or `rope`.
     rope_layout: Which features are a pair.
@@ -138,18 +146,22 @@ def yoco(
     )
 
   maps = 2 if cross_attention == "diff_attention" else 1
-  head_dim = head_dim or _head_dim("num_heads", embed_dim, num_heads, maps)
-  num_self_heads = num_self_heads or num_heads
+  if head_dim is None:
+    head_dim = _head_dim("num_heads", embed_dim, num_heads, maps)
+  num_self_heads = num_heads if num_self_heads is None else num_self_heads
   self_maps = 2 if self_attention == "diff_sliding_window" else 1
-  self_head_dim = self_head_dim or _head_dim("num_self_heads", embed_dim, num_self_heads, self_maps)
+  if self_head_dim is None:
+    self_head_dim = _head_dim("num_self_heads", embed_dim, num_self_heads, self_maps)
+  on_embedding, in_mixer = split_scheme(positions)
   rope = mixer_positions(
-    "rope", None, rope_base=rope_base, rope_grid=rope_grid, rope_layout=rope_layout
+    in_mixer, None, rope_base=rope_base, rope_grid=rope_grid, rope_layout=rope_layout
   )
   if self_attention == "gated_retention":
     self_mixer = RetentionConfig(
       num_heads=num_self_heads,
       head_dim=self_head_dim,
       value_head_dim=self_head_dim,
+      num_kv_heads=num_self_kv_heads,
       positions=rope,
       decay="gated",
       tau=tau,
@@ -159,25 +171,33 @@ def yoco(
     )
   else:
     sizes = dict(num_heads=num_self_heads, head_dim=self_head_dim, positions=rope)
-    sizes |= dict(mask=inference_mask("sliding_window", window, None), logit_bits=logit_bits)
+    sizes |= dict(num_kv_heads=num_self_kv_heads, logit_bits=logit_bits)
+    sizes |= dict(mask=inference_mask("sliding_window", window, None))
     if self_maps == 1:
       self_mixer = AttentionConfig(**sizes)
     else:
-      self_mixer = DiffAttentionConfig(**sizes, implementation=implementation)
+      diff = dict(lambda_init=lambda_init, implementation=implementation)
+      self_mixer = DiffAttentionConfig(**sizes, **diff)
   shared = layout != "interleaved"
   sizes = dict(num_heads=num_heads, head_dim=head_dim, num_kv_heads=num_kv_heads, positions=rope)
   sizes |= dict(shared_kv=shared, logit_bits=logit_bits)
-  if maps == 1:
+  if cross_attention == "attention":
     cross_mixer = AttentionConfig(**sizes)
+  elif cross_attention == "diff_attention":
+    diff = dict(lambda_init=lambda_init, implementation=implementation)
+    cross_mixer = DiffAttentionConfig(**sizes, **diff)
   else:
-    cross_mixer = DiffAttentionConfig(**sizes, implementation=implementation)
+    second = {k: x for k, x in V2.items() if k != "value_factor"}
+    sizes |= dict(value_head_dim=head_dim, implementation=implementation)
+    cross_mixer = DiffAttentionConfig(**sizes, **second)
 
-  feed_forward = FeedForwardConfig(mlp_dim or 3 * embed_dim, feed_forward)
+  feed_forward = FeedForwardConfig(3 * embed_dim if mlp_dim is None else mlp_dim, feed_forward)
   base = stack(
     self_mixer,
     feed_forward,
     num_layers=num_layers,
     embed_dim=embed_dim,
+    positions=on_embedding,
     scale_embeddings=scale_embeddings,
     norm_eps=norm_eps,
     init="linear" if init == "yoco" else init,
@@ -209,7 +229,7 @@ def yoco(
 
 
 def _head_dim(field: str, embed_dim: int, num_heads: int, maps: int) -> int:
-  if embed_dim % (maps * num_heads):
+  if num_heads < 1 or embed_dim % (maps * num_heads):
     raise ValueError(
       f"embed_dim={embed_dim} is no multiple of {field}={num_heads} times {maps}; give the heads' "
       "size"

@@ -111,5 +111,5 @@ def quantize(
   if bits < 2:
     raise ValueError(f"logit_bits={bits} must be at least 2: one is the sign")
   largest = jnp.max(jnp.where(visible, jnp.abs(logits), 0), axis=(-2, -1), keepdims=True)
-  step = jnp.maximum(largest, jnp.finfo(logits.dtype).tiny) / (2 ** (bits - 1) - 1)
+  step = jnp.where(largest > 0, largest, 1) / (2 ** (bits - 1) - 1)
   return jnp.round(logits / step) * step

@@ -31,6 +31,7 @@ VARIANTS = {
   "diff_both": dict(
     self_attention="diff_sliding_window", window=4, cross_attention="diff_attention"
   ),
+  "diff_v2_cross": dict(cross_attention="diff_attention_v2", num_self_kv_heads=1),
   "no_self": dict(num_self_layers=0),
   "unstacked": dict(layout="unstacked"),
   "interleaved": dict(layout="interleaved"),
@@ -111,6 +112,18 @@ def test_yoco_06_greedy_continuations_do_not_depend_on_early_exit(variant):
       padded = jnp.asarray(text + [0] * (20 - len(text)))[None]
       text.append(int(_logits(model, params, padded)[0, len(text) - 1].argmax()))
     np.testing.assert_array_equal(got[row], text[n:])
+
+
+@pytest.mark.parametrize("cross_attention", ["attention", "diff_attention"])
+def test_positions_of_an_earlier_pass_are_not_taken_for_slots(cross_attention):
+  """A cache with gaps between positions decodes by them, whether or not the token tells its own."""
+  model, params = _model("no_self", cross_attention=cross_attention)
+  tokens, positions = _tokens(9), jnp.broadcast_to(3 * jnp.arange(9), (2, 9))
+  run = jax.jit(lambda t, p, c: model.apply({"params": params}, t, p, cache=c))
+  cache = run(tokens[:, :8], positions[:, :8], init_cache(model.config, 2, 9)).cache
+  told = jnp.full((2, 1), 8)
+  got, want = run(tokens[:, 8:], None, cache), run(tokens[:, 8:], told, cache)
+  np.testing.assert_allclose(got.logits, want.logits, atol=2e-5)
 
 
 def test_yoco_06_prompt_log_probabilities_need_the_whole_cross_decoder():
@@ -287,6 +300,10 @@ def test_yoco_10_a_feed_forward_of_3d_has_a_transformers_parameters():
     (dict(num_self_layers=4), "num_self_layers=4"),
     (dict(layout="interleaved", num_self_layers=1), "num_self_layers=1"),
     (dict(num_self_heads=5), "num_self_heads=5"),
+    (dict(num_self_heads=0), "num_self_heads=0"),
+    (dict(num_kv_heads=0), "num_kv_heads=0"),
+    (dict(mlp_dim=0), "mlp_dim=0"),
+    (dict(positions="alibi"), "'retention' with positions 'alibi'"),
     (dict(self_attention="sliding_window", window=0), "size=0"),
     (dict(tau=0.0), "tau"),
   ],
