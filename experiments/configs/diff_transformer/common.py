@@ -77,7 +77,7 @@ PAPER: dict[str, dict[str, Any]] = {
 # Layers, width, heads; window, rows, steps, rate.
 SMALL: dict[str, tuple[int, int, int, int, int, int, float]] = {
   "ablation": (3, 64, 8, 128, 8, 600, 3e-3),
-  "needles": (2, 64, 8, 64, 64, 400, 4e-3),
+  "needles": (3, 64, 8, 64, 16, 1_500, 4e-3),
   "shots": (2, 64, 8, 64, 64, 400, 4e-3),
 }
 
@@ -98,7 +98,10 @@ def paper_alone(about: str) -> dict[str, str]:
 _TASK = (
   "107k parameters (without embeddings), 400 steps of 64 rows of 64 bytes of a synthetic task."
 )
-NEEDLES_SMALL = f"{_TASK} Six needles of a mark, a letter and a digit, all of which are asked for."
+NEEDLES_SMALL = (
+  "160k parameters (without embeddings), 1500 steps of 16 rows of 64 bytes of a synthetic task. Six "
+  "needles of a mark, a letter and two digits, all of which are asked for."
+)
 SHOTS_SMALL = f"{_TASK} Eight items of two letters, of four classes."
 
 NEEDLES = {1: 1, 2: 2, 4: 2, 6: 2}
@@ -211,7 +214,9 @@ def _needles(c: ml_collections.ConfigDict, scale: str) -> None:
     options["hay"] = "text"
   else:
     c.data.update(source="synthetic", task="multi_needle")
-    c.data.task_options.update(num_needles=6, num_queries=6, key_length=1, value_length=1)
+    c.data.task_options.update(num_needles=6, num_queries=6, key_length=1, value_length=2)
+    # A normalised head of unit size drowns embeddings of the size that they begin with otherwise.
+    c.model.scale_embeddings = True
     # As many needles as in training; table 3 does not tell its number.
     c.evals = dict(attention=dict(type="attention_mass", every_steps=c.train_steps))
   for needles, queries in NEEDLES.items():
