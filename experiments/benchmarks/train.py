@@ -39,7 +39,9 @@ _PEER_COMPILE = flags.DEFINE_bool(
   "peer_compile", False, "Run the peers through torch.compile, which needs a C++ compiler."
 )
 _OUTPUT = flags.DEFINE_string(
-  "output", "experiments/results/benchmarks/train_cpu.json", "Where figures go; '' for nowhere."
+  "train_output",
+  "experiments/results/benchmarks/train_cpu.json",
+  "Where figures go; '' for nowhere.",
 )
 
 ATTENTIONS = ("sdpa", "eager")  # Of DiffLlama; Llama runs with the first.
