@@ -20,10 +20,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 from absl import app, flags
 from flax import linen as nn
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from experiments.benchmarks.train import REST_SECONDS, environment
@@ -32,9 +33,6 @@ from latentlab import sample
 from latentlab.app import huge_page_environment
 from latentlab.models import LanguageModel, build_config, flops_per_token, num_params, prefill
 from latentlab.train import partition, task
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402 (after the choice of where it draws)
 
 flags.declare_key_flag("rounds")
 _MODELS = flags.DEFINE_list("architectures", [], "Models to time; all of them by default.")
@@ -182,7 +180,10 @@ def ratios(report: Mapping[str, Any]) -> dict[str, Any]:
 
 def plot(report: Mapping[str, Any], lengths: Sequence[int], path: pathlib.Path) -> None:
   """Time of prefill against the length of the prompt."""
-  figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
+  # The object interface: pyplot would choose a backend and keep every figure alive.
+  figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+  FigureCanvasAgg(figure)
+  axes = figure.subplots()
   for name, own in report.items():
     axes.plot(lengths, [own["seconds"][f"prefill_{n}"]["best"] for n in lengths], "o-", label=name)
   axes.set(xscale="log", yscale="log", xlabel="tokens of the prompt", ylabel="seconds")
@@ -192,7 +193,6 @@ def plot(report: Mapping[str, Any], lengths: Sequence[int], path: pathlib.Path) 
   axes.legend()
   axes.grid(alpha=0.3)
   figure.savefig(path, dpi=120)
-  plt.close(figure)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -8,6 +8,11 @@ from ml_collections import config_dict
 
 from latentlab.models import registry
 
+# Of tables of which the loss alone is measured here, and of which the paper has no such figure.
+COLUMN = "validation loss"
+LOSS = {COLUMN: "validation/loss"}
+UNKNOWN: dict[str, float | None] = {COLUMN: None}
+
 
 def parse_arg(arg: str | None, **fields: Any) -> types.SimpleNamespace:
   """Parses what stands behind the colon of `--config=<file>.py:row=1b3,smoke`.
@@ -126,6 +131,11 @@ SMOKE_EVALS = {
   "needles": dict(num_samples=2),
 }
 """What is small about evaluations that read no split; of the others, two batches."""
+
+
+def paper_alone(about: str) -> dict[str, str]:
+  """`SCALES` of a table that has no small scale."""
+  return dict(paper=f"{about} Corpus and tokenizer are not public.")
 
 
 def smoke(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

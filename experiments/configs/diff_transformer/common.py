@@ -90,11 +90,6 @@ SCALES = {
 }
 
 
-def paper_alone(about: str) -> dict[str, str]:
-  """`SCALES` of a table that has no small scale."""
-  return dict(paper=f"{about} Corpus and tokenizer are not public.")
-
-
 _TASK = (
   "107k parameters (without embeddings), 400 steps of 64 rows of 64 bytes of a synthetic task."
 )
@@ -109,9 +104,8 @@ NEEDLES = {1: 1, 2: 2, 4: 2, 6: 2}
 NEEDLE_LENGTHS = (8, 16, 24, 32, 40, 48, 56, 64)
 """Figure 5: thousands of tokens."""
 
-COLUMN = "validation loss"
-LOSS = {COLUMN: "validation/loss"}
-UNKNOWN: dict[str, float | None] = {COLUMN: None}
+COLUMN, LOSS, UNKNOWN = common.COLUMN, common.LOSS, common.UNKNOWN
+paper_alone = common.paper_alone
 
 
 def harness(*accuracies: float, shots: int = 0) -> dict[str, float | None]:

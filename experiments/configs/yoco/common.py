@@ -114,19 +114,13 @@ BY_RECALL = {
   "first-occur": "validation/other_loss",
 }
 
-COLUMN = "validation loss"
-LOSS = {COLUMN: "validation/loss"}
-UNKNOWN: dict[str, float | None] = {COLUMN: None}
+COLUMN, LOSS, UNKNOWN = common.COLUMN, common.LOSS, common.UNKNOWN
+paper_alone = common.paper_alone
 
 NEEDLES = (1, 2, 4, 8)
 """Table 4."""
 NEEDLE_LENGTHS = tuple(range(128, 1025, 128))
 """Figure 4: thousands of tokens."""
-
-
-def paper_alone(about: str) -> dict[str, str]:
-  """`SCALES` of a table that has no small scale."""
-  return dict(paper=f"{about} Corpus and tokenizer are not public.")
 
 
 def runs() -> dict[str, tuple[str, str]]:
