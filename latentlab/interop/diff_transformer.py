@@ -12,6 +12,6 @@ ATTENTION = (
   Entry("v_proj.weight", "v_proj/kernel", contracted=1),
   Entry("out_proj.weight", "out_proj/kernel", contracted=2),
   *(Entry(name, name) for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")),
-  Entry("subln.weight", "head_norm_scale"),
+  Entry("subln.weight", "head_norm/scale"),
 )
 """Parameters of one `layers.DiffAttention`, for `export_weights` and `import_weights`."""

@@ -37,7 +37,7 @@ _EMBEDDING, _HEAD = (
   Entry("model.embed_tokens.weight", "embedder/embedding"),
   Entry("lm_head.weight", "head/kernel", contracted=1),
 )
-_GAIN = "decoder/stage_0/block_0/mixer/head_norm_scale"
+_GAIN = "decoder/stage_0/block_0/mixer/head_norm/scale"
 _OUT = "decoder/stage_0/block_0/mixer/out_proj/kernel"
 
 _ACTIVATIONS = {"silu": "swiglu", "gelu": "geglu"}

@@ -30,7 +30,7 @@ from latentlab.layers.common import (
   output_projection,
   wanted,
 )
-from latentlab.layers.norms import HeadNorm
+from latentlab.layers.norms import HeadNorm, HeadScale
 from latentlab.layers.positions import PositionConfig
 from latentlab.typing import Array, DTypeLike, Float, Int
 
@@ -233,8 +233,7 @@ class DiffAttention(nn.Module):
     c = self.config
     if not c.head_norm_affine:
       return jnp.ones((c.value_dim,), jnp.float32)
-    init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("head_dim",))
-    return self.param("head_norm_scale", init, (c.value_dim,))
+    return HeadScale(c.value_dim, name="head_norm")()
 
   def _fuses(self, seen: Seen, context: Context) -> bool:
     """Whether the op knows all that decides which keys are seen, by places alone."""

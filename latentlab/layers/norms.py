@@ -25,6 +25,21 @@ def residual_norm(kind: str, shared: Shared, *, name: str) -> nn.Module:
   return module(epsilon=shared.norm_eps, dtype=shared.dtype, scale_init=scale, name=name, **options)
 
 
+class HeadScale(nn.Module):
+  """The scale of a norm over a head's features, for ops that norm by themselves; heads share it.
+
+  Attributes:
+    features: Head size `V`.
+  """
+
+  features: int
+
+  @nn.compact
+  def __call__(self) -> Float[Array, " V"]:
+    init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("head_dim",))
+    return self.param("scale", init, (self.features,))
+
+
 class HeadNorm(nn.Module):
   """Normalises each token's head over its own features only, in float32.
 

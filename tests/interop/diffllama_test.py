@@ -67,7 +67,7 @@ def test_rows_are_where_their_pairs_are():
 def test_a_head_norms_scale_goes_into_the_projection_behind_it():
   _, params, state = _export(head_norm_affine=True)
   mixer = params["decoder"]["stage_0"]["block_0"]["mixer"]
-  out = mixer["out_proj"]["kernel"] * mixer["head_norm_scale"][:, None, :, None]
+  out = mixer["out_proj"]["kernel"] * mixer["head_norm"]["scale"][:, None, :, None]
   got = state["model.layers.2.self_attn.o_proj.weight"]
   np.testing.assert_array_equal(got, out[2].reshape(-1, 12).T)
   assert not any("norm_scale" in name for name in state)

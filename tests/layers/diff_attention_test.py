@@ -111,7 +111,7 @@ def _written_out(c, params, x, depth):
         out[b, t, head] = (maps[0] - lam[b, t, head] * maps[1]) @ v[b, keys, group]
   if c.head_norm:
     out /= np.sqrt((out**2).mean(-1, keepdims=True) + c.head_norm_eps)
-    out *= params["head_norm_scale"] * (1 - lambda_init)
+    out *= params["head_norm"]["scale"] * (1 - lambda_init)
   return np.tensordot(out, params["out_proj"]["kernel"], 2)
 
 
