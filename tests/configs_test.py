@@ -45,10 +45,7 @@ _EVERY = list(
     for argument in _arguments(file)
   }.values()
 )
-# Whose losses are traced too: one of each folder and scale, whose rows differ in sizes and mixers.
-_TRACED = {
-  (file.parent, argument.partition("scale=")[2]): (file, argument) for file, argument in _EVERY
-}.values()
+_traced = set()  # Kinds of models whose losses this process has traced.
 _each = pytest.mark.parametrize("file, argument", _EVERY, ids=[f"{f}:{a}" for f, a in _EVERY])
 _each_run = pytest.mark.parametrize(
   "file", {_module(file).get_config: file for file in _FILES}.values(), ids=str
@@ -73,8 +70,12 @@ def test_builds(file, argument):
   task = build_task(config, _vocab_size(config))
   params = jax.eval_shape(task.init, jax.random.key(0))
   assert optim.make_schedule(config.optimizer, config.train_steps)(0) > 0
-  if (file, argument) not in _TRACED:
+  # Rows that differ in sizes alone have one program; names and switches say what they are made of.
+  made_of = {k: x for k, x in config.model.items() if isinstance(x, str | bool) or x is None}
+  kind = (str(config.task.type), *sorted((k, str(x)) for k, x in made_of.items() if k != "preset"))
+  if kind in _traced:
     return
+  _traced.add(kind)
   shape = (config.batch_size, config.data.seq_length)
   ints = dict.fromkeys(
     ("inputs", "targets", "positions", "segment_ids"), jax.ShapeDtypeStruct(shape, jnp.int32)

@@ -5,7 +5,7 @@ r"""Quantised attention logits: figure 8 of the Differential Transformer, arXiv 
 
 Trained models, whose attention logits are rounded to 16, 8, 6 and 4 bits. The paper has HellaSwag's
 accuracy of its models of 3B (points recovered from its vector graphics); ours is the loss, of the
-runs of table 6, over every visible logit of a head's row (the paper's granularity is unknown).
+runs of table 6, on a scale of each head's map of a text (the paper's granularity is unknown).
 """
 
 from experiments.configs.diff_transformer import common

@@ -4,7 +4,7 @@ r"""Several needles in 4K tokens: table 2 of the Differential Transformer, arXiv
       --config=experiments/configs/diff_transformer/table2_needles.py
 
 N needles, of which R are asked for, at five depths, 50 samples each. At the paper's scale hay is
-the validation split and needles are sentences about cities; at the small one a model of 2 layers is
+the validation split and needles are sentences about cities; at the small one a model of 3 layers is
 trained on the synthetic task with six needles, all of which are asked for, and evaluated with as
 many and with fewer.
 """

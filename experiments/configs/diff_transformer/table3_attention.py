@@ -4,8 +4,8 @@ r"""Attention to answer and noise: table 3 of the Differential Transformer, arXi
       --config=experiments/configs/diff_transformer/table3_attention.py
 
 By the depth of the needle that is asked for. Signed weights are divided by their sum; how the paper
-normalises them is unknown. Divided by the sum of magnitudes they stand in the results' JSON, and
-figure1_attention.py has both. The runs are those of table 2.
+normalises them is unknown. figure1_attention.py has them divided by the sum of magnitudes too. The
+runs are those of table 2.
 """
 
 from experiments.configs.diff_transformer import common

@@ -3,9 +3,9 @@ r"""Outliers among activations: table 5 of the Differential Transformer, arXiv 2
   python -m experiments.tables --scale=small --seeds=0,1,2 \
       --config=experiments/configs/diff_transformer/table5_outliers.py
 
-The largest magnitudes of attention logits and of hidden states on 0.4M tokens, and the median. The
-paper's are of 3B parameters and 350B tokens; here the runs are those of table 6, so that nothing
-more is trained.
+The largest magnitudes of attention logits and of hidden states of some batches, and the median. The
+paper's are on 0.4M tokens, of 3B parameters and 350B tokens; here the runs are those of table 6, so
+that nothing more is trained.
 """
 
 from experiments.configs.diff_transformer import common
