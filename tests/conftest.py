@@ -68,6 +68,18 @@ def key():
   return jax.random.key(0)
 
 
+@pytest.fixture
+def empty_jit_cache() -> None:
+  """For tests that count a function's programs by its part of jax's cache.
+
+  That cache is the process's and holds 8192 programs. Once it is full it keeps no new one, and
+  each function's part reads 0.
+  """
+  import jax
+
+  jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def tpu_mesh() -> Callable:
   """Meshes of TPU topologies, for real compiles: under `jax.set_mesh` they are the target."""

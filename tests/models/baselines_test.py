@@ -28,6 +28,7 @@ ALL = pytest.mark.parametrize("name", MODELS)
 
 
 @ALL
+@pytest.mark.usefixtures("empty_jit_cache")
 def test_prefill_and_decode_equal_one_pass(key, name):
   """Ragged prompts, stacked layers, room that grows behind the prompt; one program decodes."""
   model = LanguageModel(build_config(MODELS[name] | SIZES | dict(unroll=1), vocab_size=23))

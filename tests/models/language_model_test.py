@@ -56,6 +56,7 @@ def _one_pass(model, params, tokens, positions=None, segment_ids=None):
 
 
 @ALL
+@pytest.mark.usefixtures("empty_jit_cache")
 def test_retnet_04_prefill_and_decode_equal_one_pass_at_every_split(key, name):
   """All splits in one ragged batch, so a prompt's padding is not seen either."""
   model, params = _model(name)

@@ -104,6 +104,7 @@ def test_lex_05_prefill_in_pieces_then_token_by_token_is_one_pass(scheme, mask):
 
 
 @pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.usefixtures("empty_jit_cache")
 def test_lex_05_ragged_prompts_of_every_length(mask):
   """Rows of 1 to 23 tokens in one padded batch, and then token by token."""
   length = 23

@@ -23,6 +23,7 @@ def _stepper(name):
   return sample.TokenStepper(model, params, np.zeros(0, np.int32), np.int32(0))
 
 
+@pytest.mark.usefixtures("empty_jit_cache")
 def test_a_decode_step_compiles_once_and_its_state_keeps_its_bytes():
   stepper, programs, held = _stepper("retnet").unstacked(), [], []
   step = jax.jit(lambda stepper, token, cache: stepper.step(token, cache), donate_argnums=2)

@@ -156,6 +156,7 @@ def test_order_is_the_order_given():
   assert names == ["LogitBias", "RepetitionPenalty", "Temperature", "TopK", "TopP", "MinP"]
 
 
+@pytest.mark.usefixtures("empty_jit_cache")
 def test_settings_are_leaves():
   @jax.jit
   def draw(sampler, logits):

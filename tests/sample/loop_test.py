@@ -123,6 +123,7 @@ def test_stream_equals_generate(small, prompts):
   _equal(_joined(blocks), expected)
 
 
+@pytest.mark.usefixtures("empty_jit_cache")
 def test_prompts_in_slices_are_prompts_at_once(language_model, prompts):
   model, params = language_model
   more = sample.loop._read_more
@@ -229,6 +230,7 @@ def test_automaton_constrains_generation(small, prompts):
   assert got.lengths.min() > 1
 
 
+@pytest.mark.usefixtures("empty_jit_cache")
 def test_one_compilation(small, prompts):
   for i in range(3):
     sampler = sample.token_sampler(
@@ -303,6 +305,7 @@ def test_items_may_be_latents():
     (dict(prompts=np.full((3, 5), _VOCAB)), "vocab_size=29"),
   ],
 )
+@pytest.mark.usefixtures("empty_jit_cache")
 def test_errors_come_before_compilation(small, prompts, change, message):
   before = sample.begin._cache_size()
   args = dict(
