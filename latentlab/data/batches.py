@@ -69,14 +69,7 @@ class Windows:
     return -(-targets // self.seq_length) if self.evaluation else targets // self.seq_length
 
   def order(self, indices: np.ndarray, seed: int) -> np.ndarray:
-    n = self.num_rows
-    out = np.empty(len(indices), np.int64)
-    for j, index in enumerate(indices.tolist()):
-      epoch, place = divmod(index, n)
-      out[j] = grain.experimental.index_shuffle(
-        place, max_index=n - 1, seed=_epoch_seed(seed, epoch), rounds=4
-      )
-    return out
+    return shuffled(indices, self.num_rows, seed)
 
   def rows(self, indices: np.ndarray) -> Batch:
     begin = indices * self.seq_length
@@ -306,7 +299,7 @@ class Data:
 
   def _windows(self, rows: Rows, what: str = "raw bytes") -> Windows:
     if not isinstance(rows, Windows):
-      raise ValueError(f"data.source='synthetic' has no {what}; use a corpus.")
+      raise ValueError(f"data.source={self.config.source!r} has no {what}; use a corpus.")
     return rows
 
   def _dataset(
@@ -335,9 +328,8 @@ def build(
     ValueError: the corpus, or its fit with the fields, is bad.
   """
   config = DataConfig.of(data_config)
-  if batch_size < 1 or batch_size % process_count:
-    raise ValueError(f"batch_size={batch_size} must be a positive multiple of {process_count=}.")
   place = (batch_size, process_index, process_count)
+  check_place(*place)
   if config.source == "synthetic":
     return _synthetic(config, *place)
   file = prepare.prepare(config, progress=process_index == 0)
@@ -388,7 +380,26 @@ def _batch(inputs, targets, positions, segment_ids, weights) -> Batch:
   }
 
 
+def check_place(batch_size: int, process_index: int, process_count: int) -> None:
+  """Raises where processes cannot share batches."""
+  if batch_size < 1 or batch_size % process_count:
+    raise ValueError(f"batch_size={batch_size} must be a positive multiple of {process_count=}.")
+  if not 0 <= process_index < process_count:
+    raise ValueError(f"{process_index=} is not in [0, {process_count=}).")
+
+
+def shuffled(indices: np.ndarray, num_rows: int, seed: int) -> np.ndarray:
+  """Row numbers at the places `indices` of an endless sequence, of every row once an epoch."""
+  out = np.empty(len(indices), np.int64)
+  for j, index in enumerate(indices.tolist()):
+    epoch, place = divmod(index, num_rows)
+    out[j] = grain.experimental.index_shuffle(
+      place, max_index=num_rows - 1, seed=epoch_seed(seed, epoch), rounds=4
+    )
+  return out
+
+
 @functools.lru_cache(maxsize=64)
-def _epoch_seed(seed: int, epoch: int) -> int:
+def epoch_seed(seed: int, epoch: int) -> int:
   """32 bits, unrelated between epochs and between neighbouring seeds."""
   return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])

@@ -169,11 +169,11 @@ def split(
     raise ValueError(f"data.validation_fraction={validation_fraction} is not in [0, 1).")
   if max_train_bytes < 0:
     raise ValueError(f"data.max_train_bytes={max_train_bytes} is negative; 0 means all.")
-  ranked = sorted(documents, key=lambda d: (_rank(d.name), d.name))
+  ranked = sorted(documents, key=lambda d: (rank(d.name), d.name))
   if len(ranked) == 1:
     train, validation = _cut(ranked[0], validation_fraction)
   else:
-    count = sum(_rank(d.name) < validation_fraction for d in ranked)
+    count = sum(rank(d.name) < validation_fraction for d in ranked)
     if validation_fraction:
       count = min(max(count, 1), len(ranked) - 1)
     validation, train = ranked[:count], ranked[count:]
@@ -242,7 +242,7 @@ def _jsonl_text(line: str, name: str) -> str:
   return text
 
 
-def _rank(name: str) -> float:
+def rank(name: str) -> float:
   """A number in [0, 1) that depends on the name alone."""
   return (
     int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big")
