@@ -26,6 +26,7 @@ from latentlab.interop.weights import (
   number,
   parameter_shapes,
   sizes_from,
+  tied_head,
 )
 from latentlab.layers import DiffAttentionConfig
 from latentlab.models import LanguageModelConfig, build_config
@@ -90,23 +91,20 @@ def import_model(state: StateDict, fields: Mapping[str, Any]) -> Imported:
   """
   sizes = _sizes(state)
   check_told(_NAME, fields, _UNTOLD)
-  head = state.get(_HEAD.theirs)
   section = dict(
     name="diff_transformer",
     rope_layout="half",
     head_layout="halves",
     head_norm_affine=False,
     head_norm_eps=fields["norm_eps"],
-    tie_embeddings=head is None,
   )
   section |= sizes | dict(fields)
-  embedding, tied = state[_EMBEDDING.theirs], section["tie_embeddings"]
-  if tied and head is not None and np.array_equal(head, embedding):
-    state = {name: x for name, x in state.items() if name != _HEAD.theirs}
-  config = build_config(section, len(embedding))
+  tied, state = tied_head(state, _EMBEDDING, _HEAD, section.get("tie_embeddings"))
+  section["tie_embeddings"], vocab_size = tied, len(state[_EMBEDDING.theirs])
+  config = build_config(section, vocab_size)
   table = entries(config.decoder.stages[0].pattern[0].mixer, tied=tied)
   params = import_weights(table, state, parameter_shapes(config))
-  return Imported(section, len(embedding), params)
+  return Imported(section, vocab_size, params)
 
 
 def export_model(config: LanguageModelConfig, params: Params) -> StateDict:

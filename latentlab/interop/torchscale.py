@@ -21,6 +21,7 @@ from latentlab.interop.weights import (
   export_weights,
   import_weights,
   parameter_shapes,
+  tied_head,
   without_prefix,
 )
 from latentlab.models import LanguageModelConfig, build_config, retnet
@@ -89,18 +90,11 @@ def import_model(state: StateDict, fields: Mapping[str, Any]) -> Imported:
       "residual=deepnorm if this was"
     )
   section.setdefault("residual", "pre")
-  head = state.get(_HEAD.theirs)
-  tied = fields.get("tie_embeddings")
-  if tied is None:
-    tied = head is not None and np.array_equal(head, state[_EMBEDDING.theirs])
-  section["tie_embeddings"] = bool(tied)
-  vocab_size = state[_EMBEDDING.theirs].shape[0]
+  tied, state = tied_head(state, _EMBEDDING, _HEAD, section.get("tie_embeddings"))
+  section["tie_embeddings"], vocab_size = tied, len(state[_EMBEDDING.theirs])
   config = build_config(section, vocab_size)
-  buffers = {name for name in state if name.startswith(_REL_POS)}
-  if tied and head is not None:
-    buffers.add(_HEAD.theirs)
   table = entries(tied=tied, deepnorm=section["residual"] == "deepnorm")
-  weights = {name: x for name, x in state.items() if name not in buffers}
+  weights = {name: x for name, x in state.items() if not name.startswith(_REL_POS)}
   return Imported(section, vocab_size, import_weights(table, weights, parameter_shapes(config)))
 
 

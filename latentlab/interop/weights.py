@@ -211,6 +211,28 @@ def sizes_from(library: str, state: StateDict, names: Mapping[str, str]) -> dict
   return found
 
 
+def tied_head(
+  state: StateDict, embedding: Entry, head: Entry, tied: bool | None
+) -> tuple[bool, StateDict]:
+  """Whether a head is the embedding, and the weights that are left to import.
+
+  Args:
+    state: The weights, a tied head among them or not: libraries save it, or do not.
+    embedding: The embedding's entry.
+    head: The head's.
+    tied: What is told; if `None`, it is tied where it is missing or repeats the embedding.
+
+  Returns:
+    `tied`, and the weights without a head that repeats a tied embedding. One that differs is left,
+    for an importer that has no place for it.
+  """
+  repeats = head.theirs in state and np.array_equal(state[head.theirs], state[embedding.theirs])
+  if tied is None:
+    tied = repeats or head.theirs not in state
+  dropped = {head.theirs} if tied and repeats else set()
+  return bool(tied), {name: x for name, x in state.items() if name not in dropped}
+
+
 def number(found: Mapping[str, Any], name: str, kind: type, default: Any = None) -> Any:
   """A positive number that a library's configuration tells; `default` where it is not there.
 

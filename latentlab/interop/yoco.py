@@ -7,8 +7,6 @@ neighbouring features on the `linspace` grid, as our preset does: weights carry 
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from latentlab.interop.weights import (
   Entry,
   Imported,
@@ -22,6 +20,7 @@ from latentlab.interop.weights import (
   number,
   parameter_shapes,
   sizes_from,
+  tied_head,
   without_prefix,
 )
 from latentlab.models import LanguageModelConfig, build_config
@@ -80,15 +79,12 @@ def import_model(state: StateDict, fields: Mapping[str, Any]) -> Imported:
   """
   state = without_prefix(state, *_PREFIXES)
   section = dict(name="yoco") | _sizes(state, fields) | dict(fields)
-  head, embedding = state.get(_HEAD.theirs), state[_EMBEDDING.theirs]
-  section.setdefault("tie_embeddings", head is None or np.array_equal(head, embedding))
-  tied = section["tie_embeddings"]
-  if tied and head is not None and np.array_equal(head, embedding):
-    state = {name: x for name, x in state.items() if name != _HEAD.theirs}
-  config = build_config(section, len(embedding))
+  tied, state = tied_head(state, _EMBEDDING, _HEAD, section.get("tie_embeddings"))
+  section["tie_embeddings"], vocab_size = tied, len(state[_EMBEDDING.theirs])
+  config = build_config(section, vocab_size)
   table = entries(self_attention=section["self_attention"], tied=tied)
   params = import_weights(table, state, parameter_shapes(config))
-  return Imported(section, len(embedding), params)
+  return Imported(section, vocab_size, params)
 
 
 def export_model(config: LanguageModelConfig, params: Params) -> StateDict:
