@@ -5,10 +5,19 @@ from latentlab.layers.cache import Cache, DecoderCache, KVCache, RetentionState,
 from latentlab.layers.common import Context, Shared
 from latentlab.layers.decoder import Block, BlockConfig, Decoder, DecoderConfig, MixerConfig, Stage
 from latentlab.layers.diff_attention import DiffAttention, DiffAttentionConfig, lambda_schedule
+from latentlab.layers.diffusion_head import Diffusion, DiffusionHead, DiffusionHeadConfig
 from latentlab.layers.embedding import Embedder, VocabHead
 from latentlab.layers.feed_forward import FeedForward, FeedForwardConfig
 from latentlab.layers.h3 import H3, H3Config, H3State
 from latentlab.layers.hyena import Hyena, HyenaConfig, HyenaState
+from latentlab.layers.latent_heads import (
+  LatentHeadConfig,
+  MixtureHead,
+  MixtureHeadConfig,
+  RegressionHead,
+  RegressionHeadConfig,
+  SolverSettings,
+)
 from latentlab.layers.linear_attention import LinearAttention, LinearAttentionConfig
 from latentlab.layers.norms import HeadNorm, residual_norm
 from latentlab.layers.positions import PositionConfig
@@ -17,6 +26,7 @@ from latentlab.layers.rwkv import RwkvConfig, RwkvState, TimeMix
 from latentlab.layers.shared_kv import SharedKV, SharedKVConfig
 
 __all__ = [
+  "H3",
   "Attention",
   "AttentionConfig",
   "Block",
@@ -28,10 +38,12 @@ __all__ = [
   "DecoderConfig",
   "DiffAttention",
   "DiffAttentionConfig",
+  "Diffusion",
+  "DiffusionHead",
+  "DiffusionHeadConfig",
   "Embedder",
   "FeedForward",
   "FeedForwardConfig",
-  "H3",
   "H3Config",
   "H3State",
   "HeadNorm",
@@ -39,11 +51,16 @@ __all__ = [
   "HyenaConfig",
   "HyenaState",
   "KVCache",
+  "LatentHeadConfig",
   "LinearAttention",
   "LinearAttentionConfig",
   "MixerConfig",
+  "MixtureHead",
+  "MixtureHeadConfig",
   "MultiScaleRetention",
   "PositionConfig",
+  "RegressionHead",
+  "RegressionHeadConfig",
   "RetentionConfig",
   "RetentionState",
   "RingCache",
@@ -52,6 +69,7 @@ __all__ = [
   "Shared",
   "SharedKV",
   "SharedKVConfig",
+  "SolverSettings",
   "Stage",
   "TimeMix",
   "VocabHead",

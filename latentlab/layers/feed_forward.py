@@ -23,6 +23,14 @@ def default_width(kind: str, embed_dim: int) -> int:
   return -(-8 * embed_dim // 96) * 32 if kind.endswith("glu") else 4 * embed_dim
 
 
+def ratio_width(embed_dim: int, ratio: float) -> int:
+  """A gated layer's width for a `ratio` of two matrices, `2/3 ratio D`, down to a multiple of 64.
+
+  LatentLM's rule (its release); at least 64.
+  """
+  return max(int(embed_dim * ratio * 2 / 3 / 64) * 64, 64)
+
+
 @dataclasses.dataclass(frozen=True)
 class FeedForwardConfig:
   """A feed-forward layer.
