@@ -142,11 +142,7 @@ class Task:
   num_rows: int
 
   def __post_init__(self):
-    if self.seq_length < self.task.shortest:
-      raise ValueError(
-        f"data.seq_length={self.seq_length} is too short for {self.task}; it needs at least "
-        f"{self.task.shortest}."
-      )
+    synthetic.check_length(self.task, self.seq_length, "data.seq_length")
 
   def order(self, indices: np.ndarray, seed: int) -> np.ndarray:
     return indices + (seed << 30)  # Every seed has rows of its own.

@@ -6,7 +6,7 @@ from jax.nn.initializers import Initializer
 
 from latentlab import ops
 from latentlab.layers.positions import EMBEDDING_SCHEMES
-from latentlab.typing import Array, DTypeLike, Float, Int
+from latentlab.typing import Array, Bool, DTypeLike, Float, Int
 
 
 class Embedder(nn.Module):
@@ -42,13 +42,19 @@ class Embedder(nn.Module):
       )
 
   def __call__(
-    self, tokens: Int[Array, "B T"], positions: Int[Array, "#B T"]
+    self,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "#B T"],
+    replaced: tuple[Bool[Array, "B T"], Float[Array, "B T D"]] | None = None,
   ) -> Float[Array, "B T D"]:
+    """Vectors of tokens; where `replaced[0]`, of something else that is no token (a latent)."""
     # The width is gathered before the lookup, not the looked-up batch after it.
     table = nn.with_logical_constraint(self.embedding, ("vocab", None))
     x = jnp.take(table, tokens, axis=0)
     if self.scale:
       x = x * self.embed_dim**0.5
+    if replaced is not None:
+      x = jnp.where(replaced[0][..., None], replaced[1].astype(x.dtype), x)
     if self.positions == "sinusoidal":
       x = x + ops.sinusoidal(positions, self.embed_dim)
     elif self.positions == "learned":

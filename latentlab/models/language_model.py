@@ -133,6 +133,7 @@ class LanguageModel(nn.Module):
     *,
     allowed: Bool[Array, "#B T S"] | None = None,
     key_bias: Float[Array, "B S"] | None = None,
+    replaced: tuple[Bool[Array, "B T"], Float[Array, "B T D"]] | None = None,
     fresh: bool = False,
     last_only: bool = False,
     tile: int | None = None,
@@ -149,13 +150,14 @@ class LanguageModel(nn.Module):
       cache: What was seen before.
       allowed: Keys a query may see at all (see `layers.Context`).
       key_bias: Added to the scores of each key.
+      replaced: Which items are no tokens, and the embeddings of those.
       fresh: Whether `cache` holds no token yet.
       last_only: Whether only each row's last valid token is asked for; see `layers.Decoder`.
       tile: Tokens that a cross-decoder is run on at a time; see there.
       deterministic: Whether dropout is off; if not, `apply` needs a `dropout` key.
     """
     places = next_positions(tokens.shape[1], segment_ids, cache)
-    x = self.embedder(tokens, places if positions is None else positions)
+    x = self.embedder(tokens, places if positions is None else positions, replaced)
     return self.decoder(
       x,
       positions,

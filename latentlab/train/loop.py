@@ -25,12 +25,10 @@ from jax.experimental import multihost_utils
 
 from latentlab import data as data_lib
 from latentlab import eval as eval_lib
-from latentlab import sample
 from latentlab.data import files
-from latentlab.models import flops_per_token
 from latentlab.train import checkpoint, metrics, partition, plots
 from latentlab.train.state import TrainState
-from latentlab.train.task import Task, build_task
+from latentlab.train.task import RunTask, build_task
 from latentlab.typing import Params
 
 logger = logging.getLogger(__name__)
@@ -81,11 +79,12 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dic
   data = _build_data(config)
   _check_hosts_agree(data)
   task = build_task(config, data.tokenizer.vocab_size)
-  _check_sample(config, task, data.tokenizer)
+  task.check_sample(data)
   trainer = partition.make_trainer(task, config)
   evaluations = eval_lib.build(config.evals.to_dict(), task, data, trainer.compile)
-  for section in config.evals.values():
-    trainer.check_length(section.get("seq_length") or config.data.seq_length)
+  if "seq_length" in config.data:
+    for section in config.evals.values():
+      trainer.check_length(section.get("seq_length") or config.data.seq_length)
   with contextlib.ExitStack() as stack:
     preemption = stack.enter_context(_Preemption())
     checkpointer = stack.enter_context(checkpoint.Checkpointer(workdir, **config.checkpoint))
@@ -108,8 +107,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dic
   if jax.process_index() == 0:
     pictures = plots.write_plots(workdir)
     _print_summary(run.latest, config, workdir, pictures)
-  if config.sample.num_tokens:
-    _print_sample(config, task, state, data.tokenizer)
+  task.show_sample(state.params if state.ema is None else state.ema, data, workdir)
   return run.latest
 
 
@@ -128,7 +126,7 @@ class Trained:
 
   config: ml_collections.ConfigDict
   tokenizer: data_lib.Tokenizer
-  task: Task
+  task: RunTask
   trainer: partition.Trainer
   params: Params
   step: int
@@ -236,7 +234,7 @@ class _Run:
   def __init__(
     self,
     config: ml_collections.ConfigDict,
-    task: Task,
+    task: RunTask,
     trainer: partition.Trainer,
     evaluations: list[eval_lib.Evaluation],
     checkpointer: checkpoint.Checkpointer,
@@ -246,8 +244,8 @@ class _Run:
     self._config, self._trainer, self._evaluations = config, trainer, evaluations
     self._checkpointer, self._preemption, self._writer = checkpointer, preemption, writer
     self._throughput = metrics.Throughput(
-      tokens_per_step=config.batch_size * config.data.seq_length,
-      flops_per_token=_train_flops_per_token(task, config),
+      tokens_per_step=task.items_per_step,
+      flops_per_token=task.flops_per_item,
       devices=list(trainer.mesh.devices.flat),
     )
     self.latest: dict[str, float] = {}
@@ -411,29 +409,6 @@ def _check_hosts_agree(data: data_lib.Data) -> None:
     )
 
 
-def _check_sample(
-  config: ml_collections.ConfigDict, task: Task, tokenizer: data_lib.Tokenizer
-) -> None:
-  c = config.sample
-  if c.num_tokens < 0:
-    raise ValueError(f"config.sample.num_tokens={c.num_tokens} must not be negative; 0 draws none.")
-  if not c.num_tokens:
-    return
-  if c.temperature <= 0:
-    raise ValueError(
-      f"config.sample.temperature={c.temperature} must be positive; 0.01 all but "
-      "takes the best token, which experiments/generate.py --greedy does."
-    )
-  _sampler(config)
-  limit, length = task.model.config.context_limit, 1 + len(tokenizer.encode(c.prompt))
-  if limit is not None and length + c.num_tokens > limit:
-    raise ValueError(
-      f"config.sample.prompt has {length} tokens with <bos>, and together with "
-      f"config.sample.num_tokens={c.num_tokens} exceeds the model's context of "
-      f"{limit}; shorten one of them."
-    )
-
-
 def _check_tokenizer(workdir: pathlib.Path, data: data_lib.Data) -> None:
   """Raises if the run of `workdir` had another tokenizer: its ids meant other text."""
   path = workdir / _TOKENIZER
@@ -503,11 +478,6 @@ def _start(
   else:
     logger.info("Start: from scratch.")
   return 0, state, None
-
-
-def _train_flops_per_token(task: Task, config: ml_collections.ConfigDict) -> float:
-  """A backward pass takes twice the flops of a forward pass."""
-  return 3 * flops_per_token(task.model.config, config.data.seq_length)
 
 
 def _write_config(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
@@ -636,37 +606,6 @@ def _print_summary(
 def _is_finite(value: float | None) -> bool:
   """`metrics.jsonl` has `null` for what is not."""
   return value is not None and math.isfinite(value)
-
-
-def _print_sample(
-  config: ml_collections.ConfigDict, task: Task, state: TrainState, tokenizer: data_lib.Tokenizer
-) -> None:
-  if jax.process_count() > 1:
-    logger.info("No sample here, where a run has several hosts: use experiments.generate.")
-    return
-  c = config.sample
-  print(f"\nA sample (temperature {c.temperature}, top-p {c.top_p}):\n\n{c.prompt}", end="")
-  for (piece,) in sample.stream_text(
-    task.model,
-    state.params if state.ema is None else state.ema,
-    tokenizer,
-    [c.prompt],
-    sampler=_sampler(config),
-    key=sample.row_keys(config.seed, jnp.arange(1)),
-    max_new_tokens=c.num_tokens,
-  ):
-    print(piece.text, end="", flush=True)
-  print()
-
-
-def _sampler(config: ml_collections.ConfigDict) -> sample.TokenSampler:
-  c = config.sample
-  try:
-    return sample.token_sampler(temperature=c.temperature, top_p=c.top_p)
-  except ValueError as e:
-    raise ValueError(
-      f"config.sample.temperature={c.temperature}, config.sample.top_p={c.top_p}: {e}."
-    ) from e
 
 
 def _build_data(config: ml_collections.ConfigDict) -> data_lib.Data:

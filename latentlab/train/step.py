@@ -72,8 +72,11 @@ def make_step(
     metrics: dict[str, Array] = {}
     ok = jnp.array(True)
     for i, group in enumerate(task.groups):
+      counts = group.count and group.count(batch)
+      if axis_name is not None:
+        counts = jax.lax.psum(counts, axis_name)
       grads, terms = _gradients(
-        group, state.params, batch, jax.random.fold_in(key, i), accumulate_steps
+        group, state.params, batch, jax.random.fold_in(key, i), accumulate_steps, counts
       )
       if axis_name is not None:
         grads, terms = jax.lax.psum((grads, terms), axis_name)
@@ -127,12 +130,18 @@ def _check_groups(groups: Sequence[Group], params: Params) -> None:
 
 
 def _gradients(
-  group: Group, params: Params, batch: Batch, key: Key[Array, ""], accumulate_steps: int
+  group: Group,
+  params: Params,
+  batch: Batch,
+  key: Key[Array, ""],
+  accumulate_steps: int,
+  counts: Any,
 ) -> tuple[Params, LossTerms]:
   """Returns the gradient of a batch's total loss, not yet divided by its weight, and the sums."""
 
   def total(trainable: Params, microbatch: Batch, key: Key[Array, ""]) -> tuple[Array, LossTerms]:
-    terms = group.loss(merge(params, trainable), microbatch, key)
+    args = (merge(params, trainable), microbatch, key)
+    terms = group.loss(*args) if group.count is None else group.loss(*args, counts)
     return terms.total, terms
 
   def sums(microbatch: Batch, key: Key[Array, ""]) -> tuple[Params, LossTerms]:

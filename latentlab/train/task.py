@@ -7,6 +7,7 @@ training differ in their groups and share one step and one loop.
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,9 +19,10 @@ import optax
 from flax import linen as nn
 from flax import traverse_util
 
-from latentlab.models import registry
+from latentlab.data import Data
+from latentlab.models import flops_per_token, registry
 from latentlab.models.language_model import LanguageModel
-from latentlab.train import optim
+from latentlab.train import optim, text_sample
 from latentlab.train.state import axis_names
 from latentlab.typing import Array, Float, Key, Params
 
@@ -53,17 +55,22 @@ class Group:
 
   Attributes:
     name: Key of the optimiser's state; prefixes the metrics of a task with several groups.
-    loss: `(params, batch, key) -> LossTerms`, a function of all parameters.
+    loss: `(params, batch, key) -> LossTerms`, a function of all parameters; with `count`, it also
+      takes the counts.
     optimizer: Updates at a learning rate of one; the step scales them by `schedule`.
     schedule: Learning rate at a step of the run.
     trainable: Regular expressions, each to match whole `/`-joined paths of parameters.
+    count: A tree of sums over a batch's rows, which the loss is handed as they are over the whole
+      step: an objective of several means, each over a number of its own, divides by them, and gives
+      the part of the step that it has seen as its `weight`.
   """
 
   name: str
-  loss: Callable[[Params, Batch, Key[Array, ""]], LossTerms]
+  loss: Callable[..., LossTerms]
   optimizer: optax.GradientTransformation
   schedule: optax.Schedule
   trainable: tuple[str, ...] = (".*",)
+  count: Callable[[Batch], Any] | None = None
 
 
 @runtime_checkable
@@ -76,6 +83,25 @@ class Task(Protocol):
 
   def init(self, key: Key[Array, ""]) -> Params:
     """Returns parameters boxed with the names of their logical axes."""
+
+
+@runtime_checkable
+class RunTask(Task, Protocol):
+  """What a whole run, from its first batch to its sample, asks of a task besides."""
+
+  @property
+  def items_per_step(self) -> int:
+    """What a step reads: tokens, patches, or latents."""
+
+  @property
+  def flops_per_item(self) -> float:
+    """Matmul flops of training on one of them, backward pass included."""
+
+  def check_sample(self, data: Data) -> None:
+    """Raises a `ValueError` where `config.sample` asks for what cannot be drawn."""
+
+  def show_sample(self, params: Params, data: Data, workdir: pathlib.Path) -> None:
+    """Draws what `config.sample` asks for, for the eye, once training has ended."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +148,22 @@ class LanguageModelTask:
     trainable = tuple(self.config.get("task", {}).get("trainable", (".*",)))
     return (Group("model", self.loss, optimizer, schedule, trainable),)
 
+  @property
+  def items_per_step(self) -> int:
+    return self.config.batch_size * self.config.data.seq_length
+
+  @property
+  def flops_per_item(self) -> float:
+    # A backward pass takes twice the flops of a forward pass.
+    return 3 * flops_per_token(self.model.config, self.config.data.seq_length)
+
+  def check_sample(self, data: Data) -> None:
+    text_sample.check(self.config, self.model, data.tokenizer)
+
+  def show_sample(self, params: Params, data: Data, workdir: pathlib.Path) -> None:
+    del workdir
+    text_sample.show(self.config, self.model, params, data.tokenizer)
+
   def loss(self, params: Params, batch: Batch, key: Key[Array, ""]) -> LossTerms:
     weights = batch["weights"]
     nll: Float[Array, "B T"] = self.model.apply(
@@ -165,7 +207,7 @@ def _language_model(config: ml_collections.ConfigDict, vocab_size: int) -> Langu
 TASKS = {"language_model": _language_model}
 
 
-def build_task(config: ml_collections.ConfigDict, vocab_size: int) -> Task:
+def build_task(config: ml_collections.ConfigDict, vocab_size: int) -> RunTask:
   """Builds the task that `config.task.type` names."""
   name = config.get("task", {}).get("type", "language_model")
   if name not in TASKS:
