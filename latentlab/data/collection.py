@@ -22,7 +22,7 @@ class Record:
   """What a source says of an item.
 
   Attributes:
-    name: Unique in its collection; decides the split.
+    name: Decides the split; items of one name are in one.
     label: The name of its class; `None` for none.
     caption: A text; empty for none.
   """
@@ -44,6 +44,7 @@ class Collection:
     read: The medium of an item as it is stored, float32 in [-1, 1].
     transform: Makes an example of it: at random with a generator, else as evaluations see it.
     digest: sha256 over names, labels, captions and contents of all items.
+    sample_rate: Of sounds; 0 if unknown.
   """
 
   kind: str
@@ -53,6 +54,7 @@ class Collection:
   read: Callable[[int], np.ndarray]
   transform: Callable[[np.ndarray, np.random.Generator | None], np.ndarray]
   digest: str
+  sample_rate: int = 0
 
   @functools.cached_property
   def labels(self) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Images and sounds as training data: what `config.data` says of them, their rows and batches.
+"""Images and sounds as training data: rows and batches.
 
 Batches are served by Grain just as those of texts are (`batches.py`): a record is a whole global
 batch, and the order of an epoch, and every random crop in it, follows from the seed, the epoch and
@@ -13,70 +13,20 @@ from typing import Any
 import grain
 import numpy as np
 
-from latentlab.data import batches, collection, images, tokenizers
+from latentlab.data import batches, collection, tokenizers
 from latentlab.data.batches import Batch
 from latentlab.data.collection import Collection
+from latentlab.data.media_sources import SOURCES, MediaConfig, arrays, find
 
-IMAGE_SOURCES = ("digits",)
-AUDIO_SOURCES = ()
-SOURCES = (*IMAGE_SOURCES, *AUDIO_SOURCES)
-_OF_IMAGES = ("size", "resize", "random_crop", "flip", "channels")
-_OF_AUDIO = ("sample_rate", "length")
-
-
-@dataclasses.dataclass(frozen=True)
-class MediaConfig:
-  """The fields of `config.data` where its source is one of images or sounds.
-
-  Attributes:
-    source: "digits" (embedded).
-    path: What the other sources read.
-    validation_fraction: Part of the items held out, by a hash of their names.
-    split_pattern: A regular expression; items in whose name it is found are held out instead.
-    class_names: The classes in the order of their numbers; those found, sorted, if empty.
-    class_captions: A caption for each class, in place of captions of the items' own.
-    size: Height and width of an image; 0 leaves images, which then are all alike, as they are.
-    resize: The shorter side of an image before a square of `size` is cut out of it; `size` if 0.
-    random_crop: Training cuts that square out anywhere, not out of the centre.
-    flip: Training mirrors every other image.
-    channels: 1 (grey) or 3 (colour); 0 takes images, which then are all alike, as they are.
-  """
-
-  source: str = "digits"
-  path: str = ""
-  validation_fraction: float = 0.1
-  split_pattern: str = ""
-  class_names: Sequence[str] = ()
-  class_captions: Sequence[str] = ()
-  size: int = 0
-  resize: int = 0
-  random_crop: bool = False
-  flip: bool = False
-  channels: int = 0
-
-  def __post_init__(self):
-    if self.source not in SOURCES:
-      raise ValueError(f"data.source={self.source!r} is unknown; choose from {SOURCES}.")
-    if self.channels not in (0, 1, 3):
-      raise ValueError(f"data.channels={self.channels} must be 1, 3, or 0 for the images' own.")
-    if not 0 <= self.validation_fraction < 1:
-      raise ValueError(f"data.validation_fraction={self.validation_fraction} is not in [0, 1).")
-    for field in ("class_names", "class_captions"):
-      if isinstance(value := getattr(self, field), str):
-        raise ValueError(f"data.{field}={value!r} must be a list, ({value!r},) say.")
-
-  @classmethod
-  def of(cls, fields) -> "MediaConfig":
-    """From a mapping, for instance an `ml_collections.ConfigDict`."""
-    if isinstance(fields, cls):
-      return fields
-    known = [f.name for f in dataclasses.fields(cls)]
-    if unknown := sorted(set(fields) - set(known)):
-      raise ValueError(
-        f"config.data has no field {unknown} where its source is {fields.get('source')!r}; choose "
-        f"from {known}."
-      )
-    return cls(**fields)
+__all__ = [
+  "SOURCES",
+  "MediaConfig",
+  "MediaData",
+  "MediaRows",
+  "TrainingRows",
+  "build",
+  "build_arrays",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,8 +161,36 @@ def build(
     ValueError: the media, or their fit with the fields, are bad.
   """
   config = MediaConfig.of(data_config)
-  transform = images.Transform(config.size, config.resize, config.random_crop, config.flip)
-  found = images.digits(transform, config.channels)
+  return _data(config, find(config), batch_size, process_index, process_count)
+
+
+def build_arrays(
+  media: np.ndarray,
+  labels: np.ndarray | Sequence[int | str] | None = None,
+  captions: Sequence[str] | None = None,
+  *,
+  batch_size: int,
+  names: Sequence[str] | None = None,
+  lengths: np.ndarray | None = None,
+  fields: Mapping[str, Any] | None = None,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> MediaData:
+  """Media in memory.
+
+  Args:
+    media: Images or sounds; see `media_sources.arrays`, as for the next two.
+    labels: Classes.
+    captions: Texts.
+    batch_size: Rows of a global batch.
+    names: Decide the split; the numbers of the items if `None`.
+    lengths: Samples of each sound.
+    fields: Those of `MediaConfig`, `source` and `path` left out.
+    process_index: This process.
+    process_count: All processes.
+  """
+  config = MediaConfig(**({"source": "arrays", "path": "memory"} | dict(fields or {})))
+  found = arrays(config, media, labels, captions, names, lengths)
   return _data(config, found, batch_size, process_index, process_count)
 
 
@@ -228,6 +206,7 @@ def _data(config: MediaConfig, found: Collection, *place: int) -> MediaData:
     "media_sha256": found.digest,
     "items": {name: rows.num_rows for name, rows in splits.items()},
     "shape": list(found.shape),
+    "sample_rate": found.sample_rate,
     "num_classes": len(found.class_names),
     "tokenizer": tokenizer.kind,
     "vocab_size": tokenizer.vocab_size,

@@ -1,0 +1,79 @@
+"""Writes media for the eye and the ear: PNG files of images side by side, and wav files."""
+
+import os
+import pathlib
+import wave
+
+import numpy as np
+
+from latentlab.data import files
+
+
+def write_png(
+  path: str | os.PathLike, images: np.ndarray, columns: int = 0, scale: int = 1
+) -> None:
+  """Writes images side by side, a pixel apart, row by row.
+
+  Args:
+    path: Of the file; its folder is made.
+    images: `[n, H, W, C]` in [-1, 1], which they are clipped to, of 1 or 3 channels.
+    columns: Images of a row; as wide as high if 0.
+    scale: Side of the square of pixels that shows one.
+  """
+  from PIL import Image
+
+  if images.ndim != 4 or images.shape[-1] not in (1, 3) or not images.size:
+    raise ValueError(f"images of shape {images.shape} must be [n, H, W, 1] or [n, H, W, 3].")
+  if not np.isfinite(images).all():
+    raise ValueError(f"images for {str(path)!r} hold values that are no numbers.")
+  count, height, width, channels = images.shape
+  columns = min(columns or int(np.ceil(count**0.5)), count)
+  lines = -(-count // columns)
+  pixels = np.round((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)
+  pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
+  cells = np.full((lines * columns, height * scale + 1, width * scale + 1, channels), 255, np.uint8)
+  cells[:count, :-1, :-1] = pixels
+  grid = cells.reshape(lines, columns, *cells.shape[1:]).swapaxes(1, 2)
+  grid = grid.reshape(lines * cells.shape[1], columns * cells.shape[2], channels)[:-1, :-1]
+  _replace(
+    path,
+    lambda file: Image.fromarray(grid.squeeze(-1) if channels == 1 else grid).save(file, "png"),
+  )
+
+
+def write_wav(path: str | os.PathLike, sound: np.ndarray, sample_rate: int) -> None:
+  """Writes a sound of one channel with 16 bits.
+
+  Args:
+    path: Of the file; its folder is made.
+    sound: `[S]` or `[S, 1]` in [-1, 1], which it is clipped to.
+    sample_rate: Samples a second.
+  """
+  if sound.ndim > 2 or sound.size != len(sound) or not sound.size:
+    raise ValueError(f"a sound of shape {sound.shape} must be [S] or [S, 1].")
+  if not np.isfinite(sound).all():
+    raise ValueError(f"the sound for {str(path)!r} holds values that are no numbers.")
+  if sample_rate < 1:
+    raise ValueError(f"{sample_rate=} of a wav file must be at least 1.")
+  samples = np.round(np.clip(sound.ravel(), -1, 1) * 32767).astype("<i2")
+
+  def write(file: pathlib.Path) -> None:
+    with wave.open(str(file), "wb") as f:
+      f.setnchannels(1)
+      f.setsampwidth(2)
+      f.setframerate(sample_rate)
+      f.writeframes(samples.tobytes())
+
+  _replace(path, write)
+
+
+def _replace(path: str | os.PathLike, write) -> None:
+  """Writes a temporary file beside `path` and moves it there."""
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = files.temporary_name(path)
+  try:
+    write(temporary)
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
