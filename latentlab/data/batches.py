@@ -142,7 +142,7 @@ class Task:
   num_rows: int
 
   def __post_init__(self):
-    synthetic.check_length(self.task, self.seq_length, "data.seq_length")
+    synthetic.check_length(self.task, self.seq_length, "config.data")
 
   def order(self, indices: np.ndarray, seed: int) -> np.ndarray:
     return indices + (seed << 30)  # Every seed has rows of its own.

@@ -33,6 +33,14 @@ class Task(Protocol):
     """A row of at most `length` symbols, which is at least `shortest`."""
 
 
+def check_length(task: Task, length: int, what: str) -> None:
+  """Raises a `ValueError` where a row of `what` holds no question of a task."""
+  if length < task.shortest:
+    raise ValueError(
+      f"seq_length={length} of {what} is too short for {task}; it needs at least {task.shortest}."
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Copy:
   """A random string, then the same string."""
@@ -83,13 +91,11 @@ class Haystack(NamedTuple):
     answers: Places of the answers' symbols, a line for each query.
     needles: Where the needle asked for begins, its value begins, and it ends; a line for each
       query.
-    context: Symbols of hay and needles; queries follow.
   """
 
   symbols: np.ndarray
   answers: np.ndarray
   needles: np.ndarray
-  context: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +176,6 @@ class MultiNeedle:
       symbols,
       answers=queries[:, None] + np.arange(1 + self.key_length, size),
       needles=begins[asked, None] + np.array([0, 1 + self.key_length, size]),
-      context=len(context),
     )
 
 

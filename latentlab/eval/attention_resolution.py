@@ -8,7 +8,7 @@ import numpy as np
 
 from latentlab import ops
 from latentlab.data import Data
-from latentlab.eval.common import add_sums
+from latentlab.eval.common import add_sums, check_softmax, pick_model
 from latentlab.layers import AttentionConfig
 from latentlab.typing import Array, Params
 
@@ -48,12 +48,8 @@ class Evaluator:
     """
     options = dict(document_length=document_length or None)
     self._batches = data.eval_batches(split, max_batches or None, seq_length or None, **options)
-    self._model = task.variant(model) if model else task.model
-    stages = self._model.config.decoder.stages
-    mixers = [block.mixer for stage in stages for block in stage.pattern]
-    if not any(isinstance(mixer, AttentionConfig) for mixer in mixers):
-      kinds = sorted({mixer.kind for mixer in mixers})
-      raise ValueError(f"attention resolution needs softmax attention; this model has {kinds}.")
+    self._model = pick_model(task, model, seq_length or 0, "an attention_resolution evaluation")
+    check_softmax(self._model, "attention_resolution of one map", (AttentionConfig,))
     self._average_heads = average_heads
     self._sums = compile(self._batch_sums)
 

@@ -55,11 +55,14 @@ def synthetic_task(data: Data, name: str, **fields: Any) -> Any:
   return synthetic.TASKS[name](**options)
 
 
-def check_softmax(model: Any, what: str) -> None:
-  """Raises where no layer of a model has a softmax, whose maps `what` could look at."""
-  mixers = [block.mixer for stage in model.config.decoder.stages for block in stage.pattern]
-  if not any(isinstance(mixer, (AttentionConfig, DiffAttentionConfig)) for mixer in mixers):
-    kinds = sorted({mixer.kind for mixer in mixers})
+SOFTMAXES = (AttentionConfig, DiffAttentionConfig)
+
+
+def check_softmax(model: Any, what: str, mixers: tuple[type, ...] = SOFTMAXES) -> None:
+  """Raises where no layer of a model is one of these, whose softmax `what` could look at."""
+  found = [block.mixer for stage in model.config.decoder.stages for block in stage.pattern]
+  if not any(isinstance(mixer, mixers) for mixer in found):
+    kinds = sorted({mixer.kind for mixer in found})
     raise ValueError(f"{what} needs softmax attention; this model has {kinds}.")
 
 

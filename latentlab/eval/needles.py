@@ -12,6 +12,7 @@ import numpy as np
 
 from latentlab import sample
 from latentlab.data import Data
+from latentlab.data.synthetic import check_length
 from latentlab.eval.common import pick_model, row_batches, synthetic_task
 from latentlab.eval.haystack import TextHaystack, check_depths
 from latentlab.typing import Array, Bool, Int, Params
@@ -86,11 +87,7 @@ class Evaluator:
       self._task = synthetic_task(
         data, "multi_needle", num_needles=num_needles or None, num_queries=num_queries or None
       )
-      if self._length < self._task.shortest:
-        raise ValueError(
-          f"seq_length={self._length} of a needles evaluation is too short for {self._task}; it "
-          f"needs at least {self._task.shortest}."
-        )
+      check_length(self._task, self._length, "a needles evaluation")
       self._found, self._right = self._found_in_symbols, compile(self._right_answers)
 
   def run(self, params: Params) -> Iterator[tuple[str, float]]:

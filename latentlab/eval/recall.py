@@ -7,20 +7,22 @@ AR-hit, and first occurrence or others. Every n-gram that comes again counts, ho
 
 import numpy as np
 
+from latentlab.typing import Bool, Int
+
 
 def completes_ngram(
-  inputs: np.ndarray, targets: np.ndarray, segment_ids: np.ndarray, order: int
-) -> np.ndarray:
+  inputs: Int[np.ndarray, "B T"],
+  targets: Int[np.ndarray, "B T"],
+  segment_ids: Int[np.ndarray, "B T"],
+  order: int,
+) -> Bool[np.ndarray, "B T"]:
   """Where a target ends an n-gram that stands in the same document's context already.
 
   Args:
-    inputs: Tokens, int `[B, T]`.
-    targets: The tokens behind them, `[B, T]`.
-    segment_ids: Documents, `[B, T]`; an n-gram lies in one document of one row.
+    inputs: Tokens.
+    targets: The tokens behind them.
+    segment_ids: Documents; an n-gram lies in one document of one row.
     order: n, at least 2.
-
-  Returns:
-    bool, `[B, T]`.
   """
   batch, length = inputs.shape
   rows = np.broadcast_to(np.arange(batch)[:, None], inputs.shape)
@@ -39,6 +41,6 @@ def completes_ngram(
   return again.reshape(inputs.shape)
 
 
-def _back(x: np.ndarray, n: int) -> np.ndarray:
+def _back(x: Int[np.ndarray, "B T"], n: int) -> Int[np.ndarray, "B T"]:
   """What stood `n` places before."""
   return np.roll(x, n, axis=1)

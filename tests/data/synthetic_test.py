@@ -82,7 +82,7 @@ def test_the_needle_at_a_depth(depth, before):
   for seed in range(20):
     row = task.haystack(np.random.default_rng(seed), 65, depth)
     text = "".join(map(chr, row.symbols))
-    assert row.context == 55 and text[row.context] == "?"
+    assert text.index("?") == 55
     assert [len(x) for x in (row.answers, row.needles)] == [2, 2]
     for places, (begin, value, end) in zip(row.answers, row.needles, strict=True):
       assert text[begin] == "#" and end == begin + 5
@@ -126,7 +126,7 @@ def test_many_shot_scores_the_labels_of_items_seen_before(options):
     ("multi_needle", dict(num_needles=27, key_length=1), "different keys of key_length=1"),
     ("many_shot", dict(num_classes=9), "num_classes=9 must be at most num_items=8"),
     ("many_shot", dict(num_items=27, item_length=1), "num_items=27 are more than the strings"),
-    ("multi_needle", dict(num_needles=6), "seq_length=32 is too short for .* at least 40"),
+    ("multi_needle", dict(num_needles=6), "seq_length=32 of config.data is too short for .* at least 40"),
   ],
   ids=str,
 )
