@@ -252,7 +252,7 @@ class DiffusionHead(nn.Module):
     starts, steps = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
     x = jax.vmap(lambda key: jax.random.normal(key, (self.dim,)))(starts) * settings.temperature
     times = self.time(jnp.asarray(table.t, jnp.float32))
-    return ops.sample(denoise, x, table, steps, along=times)
+    return ops.run_solver(denoise, x, table, steps, along=times)
 
 
 class TimeEmbedding(nn.Module):

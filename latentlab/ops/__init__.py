@@ -37,7 +37,7 @@ from latentlab.ops.diffusion_solvers import (
   Level,
   SolverTable,
   multistep_table,
-  sample,
+  run_solver,
   sample_grid,
   solver_table,
 )
@@ -118,7 +118,7 @@ __all__ = [
   "retention",
   "retention_decode",
   "rope_frequencies",
-  "sample",
+  "run_solver",
   "sample_grid",
   "sample_latents",
   "sample_timesteps",

@@ -65,8 +65,9 @@ class NoiseSchedule:
 
   Attributes:
     kind: `cosine` (the release's, squared cosine with betas of at most 0.999), `linear`,
-      `scaled_linear`, `sigmoid`, `laplace` and `cauchy` (log-SNRs spread like those), all with
-      `alpha^2 + sigma^2 = 1`; or `flow`, the straight path `alpha = 1 - sigma` of rectified flows.
+      `scaled_linear`, `sigmoid`, `laplace` and `cauchy` (log-SNRs spread like those; they leave
+      something of a latent at the last timestep), all with `alpha^2 + sigma^2 = 1`; or `flow`, the
+      straight path `alpha = 1 - sigma` of rectified flows.
     num_timesteps: Timesteps a model is trained on.
   """
 
@@ -105,9 +106,8 @@ class NoiseSchedule:
     """`alpha_t` and `sigma_t` in float32.
 
     Raises:
-      ValueError: `t` is rounded, or no timestep; see `check_timesteps`.
+      ValueError: `t` is no integer.
     """
-    check_timesteps(t)
     if not jnp.issubdtype(t.dtype, jnp.integer):
       raise ValueError(f"{t.dtype=} indexes no table of timesteps; give int32")
     alpha, sigma = (jnp.asarray(table, jnp.float32) for table in self.tables)

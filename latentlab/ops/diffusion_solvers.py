@@ -186,7 +186,7 @@ def multistep_table(
   return SolverTable(t, alpha, sigma, on_x, zeros, on_clean, on_noise, ends)
 
 
-def sample(
+def run_solver(
   denoise: Callable[[Array, Level, Any], Array],
   x: Float[Array, "B *Z"],
   table: SolverTable,
