@@ -11,6 +11,7 @@ import struct
 from collections.abc import Sequence
 
 import numpy as np
+from PIL import Image, ImageOps
 
 from latentlab.data import collection, listing
 from latentlab.data.collection import Collection, Record
@@ -143,8 +144,6 @@ def decode(content: bytes, name: str, channels: int = 0) -> np.ndarray:
     name: Of the file, for errors.
     channels: 1 or 3; 0 for the image's own.
   """
-  from PIL import Image, ImageOps
-
   with _opened(content, name) as image:
     own = _channels(image, name)
     try:
@@ -168,9 +167,7 @@ def _damaged(name: str, e: Exception) -> ValueError:
   )
 
 
-def _opened(content: bytes, name: str):
-  from PIL import Image
-
+def _opened(content: bytes, name: str) -> Image.Image:
   try:
     return Image.open(io.BytesIO(content))
   except (*_DAMAGES, Image.DecompressionBombError) as e:
@@ -190,7 +187,7 @@ def _shape(content: bytes, name: str) -> tuple[int, int, int]:
 _ORIENTATION = 0x0112
 
 
-def _channels(image, name: str) -> int:
+def _channels(image: Image.Image, name: str) -> int:
   if image.mode in ("1", "L", "LA"):
     return 1
   if image.mode in ("P", "RGB", "RGBA", "CMYK", "YCbCr"):
@@ -235,8 +232,6 @@ def _of_files(
 
 
 def _resize(image: np.ndarray, shorter: int) -> np.ndarray:
-  from PIL import Image
-
   height, width = image.shape[:2]
   if min(height, width) == shorter:
     return image

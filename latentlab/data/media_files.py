@@ -5,6 +5,7 @@ import pathlib
 import wave
 
 import numpy as np
+from PIL import Image
 
 from latentlab.data import files
 
@@ -20,8 +21,6 @@ def write_png(
     columns: Images of a row; as wide as high if 0.
     scale: Side of the square of pixels that shows one.
   """
-  from PIL import Image
-
   if images.ndim != 4 or images.shape[-1] not in (1, 3) or not images.size:
     raise ValueError(f"images of shape {images.shape} must be [n, H, W, 1] or [n, H, W, 3].")
   if not np.isfinite(images).all():
