@@ -2,7 +2,7 @@
 
 import inspect
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -34,15 +34,22 @@ def fields(name: str) -> dict[str, tuple[type, Any]]:
   """
   if name not in MODELS:
     raise ValueError(f"unknown config.model.{name=}; choose one of {sorted(MODELS)}")
+  # The model passes on to `stack` what it does not name.
+  return keyword_fields(stack, MODELS[name][0])
+
+
+def keyword_fields(*functions: Callable[..., Any]) -> dict[str, tuple[type, Any]]:
+  """Type and default of each keyword of functions that make configurations, the last one's first."""
   found = {}
-  for function in (stack, MODELS[name][0]):  # The model passes on to `stack` what it does not name.
+  for function in functions:
     for field, parameter in inspect.signature(function).parameters.items():
       if parameter.kind is not parameter.KEYWORD_ONLY or field == "vocab_size":
         continue
       default = None if parameter.default is parameter.empty else parameter.default
       kinds = [t for t in (int, float, bool, str, tuple) if _admits(parameter.annotation, t)]
       found[field] = (kinds[0] if kinds else str, default)
-  found["dtype"] = (str, jnp.dtype(found["dtype"][1]).name)
+  if "dtype" in found:
+    found["dtype"] = (str, jnp.dtype(found["dtype"][1]).name)
   return found
 
 
