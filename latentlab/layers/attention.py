@@ -34,8 +34,10 @@ class AttentionConfig:
     shared_kv: Whether keys and values are the decoder's, which it projects once for all such
       layers; this one then has queries and an output alone.
     logit_bits: Rounds scores to so many bits, for evaluations; not at all if `None`.
-    head_norm: Whether an RMS norm of each head with a scale follows, as in differential attention
-      but for its factor (table 6 of https://arxiv.org/abs/2410.05258).
+    head_norm: Whether an RMS norm of each head follows, as in differential attention but for its
+      factor (table 6 of https://arxiv.org/abs/2410.05258).
+    head_norm_affine: Whether it has a scale.
+    head_norm_eps: Its epsilon.
   """
 
   kind: ClassVar[str] = "attention"
@@ -48,6 +50,8 @@ class AttentionConfig:
   shared_kv: bool = False
   logit_bits: int | None = None
   head_norm: bool = False
+  head_norm_affine: bool = True
+  head_norm_eps: float = 1e-5
 
   def __post_init__(self):
     check_attention(self)
@@ -88,6 +92,8 @@ def check_attention(config: Any) -> None:
     )
   if config.logit_bits is not None and config.logit_bits < 2:
     raise ValueError(f"logit_bits={config.logit_bits} must be at least 2: one is the sign")
+  if config.head_norm_eps < 0:
+    raise ValueError(f"head_norm_eps={config.head_norm_eps} must not be negative")
 
 
 def attention_cache(config: Any, batch_size: int, max_length: int, *sizes: Any) -> Cache:
@@ -331,7 +337,7 @@ class Attention(nn.Module):
     else:
       out = attend(q, seen, context, c.mask, biases)
     if c.head_norm:
-      out = HeadNorm("rms", eps=1e-5, affine=True, name="head_norm")(out)
+      out = HeadNorm("rms", c.head_norm_eps, c.head_norm_affine, name="head_norm")(out)
     out = nn.with_logical_constraint(
       seen.checked(out).astype(self.shared.dtype), ("act_batch", "act_length", "act_heads", None)
     )

@@ -110,8 +110,8 @@ class DiffAttentionConfig:
         f"head_layout='halves' joins a value of two halves, of value_head_dim={self.value_dim}, "
         f"which shared_kv={self.shared_kv} has as neighbours: choose 'neighbour'"
       )
-    if self.lambda_std < 0 or self.head_norm_eps < 0:
-      raise ValueError(f"{self.lambda_std=} and {self.head_norm_eps=} must not be negative")
+    if self.lambda_std < 0:
+      raise ValueError(f"{self.lambda_std=} must not be negative")
 
   @property
   def kv_heads(self) -> int:

@@ -291,6 +291,7 @@ def test_every_position_scheme_composes(kind):
     (dict(shared_kv=True, mask=ops.Mask("sliding_window", 3)), "shared_kv"),
     (dict(logit_bits=1), "logit_bits=1"),
     (dict(lambda_std=-1.0), "lambda_std"),
+    (dict(head_norm_eps=-1e-5), "head_norm_eps"),
   ],
 )
 def test_bad_fields_are_named(fields, message):

@@ -235,25 +235,32 @@ def test_sizes_of_masks_and_decay_follow_the_trained_length():
       build(**fields)
 
 
-def test_a_norm_of_each_head_follows_attention():
-  """By hand, from the heads of attention without it; and token by token."""
+@pytest.mark.parametrize("affine, eps", [(True, 1e-5), (False, 0.3)])
+def test_a_norm_of_each_head_follows_attention(affine, eps):
+  """By hand, from the heads of attention without it."""
   x = jax.random.normal(jax.random.key(0), (2, 5, 8))
   shared = Shared(embed_dim=8, dtype=jnp.float32, init=initializers.make("linear", **_DEPTH))
   context = Context(positions=jnp.arange(5)[None], in_place=True)
+  norm = dict(head_norm=True, head_norm_affine=affine, head_norm_eps=eps)
   plain, normed = (
-    AttentionConfig(num_heads=2, head_dim=4, head_norm=norm).module(shared, name="mixer")
-    for norm in (False, True)
+    AttentionConfig(num_heads=2, head_dim=4, **fields).module(shared, name="mixer")
+    for fields in ({}, norm)
   )
   params = nn.unbox(normed.init(jax.random.key(1), x, context))["params"]
-  kernel, scale = params["out_proj"]["kernel"], jnp.array([0.5, 2.0, -1.0, 3.0])
-  params["head_norm"] = {"scale": scale}
+  assert ("head_norm" in params) == affine
+  kernel, scale = params["out_proj"]["kernel"], jnp.array([0.5, 2.0, -1.0, 3.0] if affine else 1.0)
+  if affine:
+    params["head_norm"] = {"scale": scale}
   as_it_is = {"kernel": jnp.eye(8).reshape(2, 4, 8)}
   heads, _ = plain.apply({"params": params | {"out_proj": as_it_is}}, x, context)
   heads = np.float64(heads).reshape(2, 5, 2, 4)
-  heads /= np.sqrt(np.square(heads).mean(-1, keepdims=True) + 1e-5)
+  heads /= np.sqrt(np.square(heads).mean(-1, keepdims=True) + eps)
   want = np.einsum("btnh,nhd->btd", heads * np.float64(scale), np.float64(kernel))
   got, _ = normed.apply({"params": params}, x, context)
   np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_a_norm_of_each_head_decodes():
   config = build_config(SIZES | dict(head_norm=True), VOCAB)
   model, tokens = LanguageModel(config), _tokens(6)
   params = nn.unbox(model.init(jax.random.key(1), tokens))["params"]
