@@ -42,7 +42,7 @@ class Cell:
     metrics: Those that a finished run has.
     argument: Value of the trainer's `--config`.
     overrides: Further flags of the trainer.
-    config: What these give.
+    config: What these give, but for the place of the run that it goes on from.
     workdir: Folder of the run.
   """
 
@@ -181,8 +181,13 @@ def environments(cells: Sequence[Cell]) -> list[dict[str, Any]]:
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
-  """What decides a run, `{"a": {"b": 1}}` as `{"a.b": 1}`; what a paper expects of it does not."""
+  """What decides a run, `{"a": {"b": 1}}` as `{"a.b": 1}`.
+
+  What a paper expects of it does not, nor where a run lies that it goes on from: of that, the name
+  and the seed do.
+  """
   decisive = {name: x for name, x in config.items() if name != "expected"}
+  decisive["init_from"] = "/".join(pathlib.Path(config.get("init_from", "")).parts[-2:])
   return traverse_util.flatten_dict(decisive, sep=".")
 
 

@@ -41,6 +41,7 @@ import ml_collections
 from absl import app, flags
 
 from experiments import cells as cells_lib
+from experiments import runs as runs_lib
 from experiments.cells import Cell
 from latentlab.eval import tables
 
@@ -193,6 +194,8 @@ def make_cells(
 ) -> list[Cell]:
   """The cells of a table, seed by seed, so that whole comparisons are there early.
 
+  A run that goes on from another of its table's folder goes on from that of `workdir`.
+
   Raises:
     ValueError: a scale, row, seed or override is unknown.
   """
@@ -207,18 +210,23 @@ def make_cells(
   runs: dict[str, set[str]] = {}
   for row in selected.values():
     runs.setdefault(row.run, set()).update(row.metrics.values())
+  home, workdir = runs_lib.folder(table.paper, table.runs, scale), pathlib.Path(workdir)
   cells = []
   for seed in sorted(numbers):
     for run, metrics in runs.items():
       argument = f"{table.path}:row={run},scale={scale},seed={seed}{',smoke' * smoke}"
+      config = cells_lib.parse(argument, overrides)
+      source = pathlib.Path(config.init_from)
+      moved = workdir != home and source.is_relative_to(home)
+      there = (f"--config.init_from={workdir / source.relative_to(home)}",) if moved else ()
       cell = Cell(
         run=run,
         seed=seed,
         metrics=tuple(sorted(metrics)),
         argument=argument,
-        overrides=tuple(overrides),
-        config=cells_lib.parse(argument, overrides),
-        workdir=pathlib.Path(workdir).absolute() / run / f"seed{seed}",
+        overrides=(*overrides, *there),
+        config=config,
+        workdir=workdir.absolute() / run / f"seed{seed}",
       )
       cell.check()
       cells.append(cell)
@@ -372,7 +380,7 @@ def _main(overrides: list[str]) -> list[Cell]:
   table = load(flags.FLAGS.config)
   scale, rows = flags.FLAGS.scale, flags.FLAGS.rows
   size = f"{scale}_smoke" if flags.FLAGS.smoke else scale
-  workdir = pathlib.Path(flags.FLAGS.workdir or f"runs/{table.paper}_{table.runs}_{size}")
+  workdir = pathlib.Path(flags.FLAGS.workdir or runs_lib.folder(table.paper, table.runs, size))
   cells = make_cells(
     table,
     workdir,

@@ -102,6 +102,31 @@ def test_differences_are_paired_over_the_seeds_that_both_have():
   assert text.startswith("1 of 4 directions reproduce") and "opposite: `better`" in text
 
 
+def test_a_run_goes_on_from_its_own_workdir(tmp_path):
+  """What lies elsewhere is another's; where a workdir lies decides nothing."""
+  table = binary.load(str(ROOT / "experiments/configs/yoco/extension.py"))
+  make = lambda workdir, *flags: {
+    cell.run: cell
+    for cell in binary.make_cells(table, workdir, scale="small", seeds=["1"], overrides=flags)
+  }
+  goes_on = lambda cell: [f for f in cell.overrides if f.startswith("--config.init_from=")]
+  before, run = "yoco_swa_160m/seed1", "yoco_swa_longer"
+  home = make("runs/yoco_runs_small")
+  assert home[run].config.init_from == f"runs/yoco_runs_small/{before}" and not goes_on(home[run])
+  moved = make(tmp_path)
+  assert goes_on(moved[run]) == [f"--config.init_from={tmp_path / before}"]
+  assert not goes_on(moved["yoco_swa_160m"])
+  assert moved["yoco_swa_160m"].workdir == tmp_path / before
+  elsewhere = make(tmp_path, "--config.init_from=other/run/seed1")
+  assert goes_on(elsewhere[run]) == ["--config.init_from=other/run/seed1"]
+  moved[run].workdir.mkdir(parents=True)
+  trained = cells_lib.parse(moved[run].argument, moved[run].overrides)
+  (moved[run].workdir / "config.json").write_text(trained.to_json())
+  moved[run].check()
+  with pytest.raises(ValueError, match="init_from: 'yoco_swa_160m/seed1' there, 'run/seed1' asked"):
+    elsewhere[run].check()
+
+
 def test_rows_have_base_rows_of_their_own():
   ours = {"a": {0: 1.0, 1: 2.0}, "b": {0: 4.0, 1: 8.0}, "c": {0: 2.0, 1: 4.0}, "d": {0: -1.0}}
   paper = {"a": 1.0, "b": 1.0, "c": 3.0}

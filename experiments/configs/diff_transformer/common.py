@@ -9,6 +9,7 @@ from typing import Any
 
 import ml_collections
 
+from experiments import runs as runs_lib
 from experiments.configs import common
 from latentlab.layers.feed_forward import default_width
 
@@ -78,8 +79,9 @@ PAPER: dict[str, dict[str, Any]] = {
 SMALL: dict[str, tuple[int, int, int, int, int, int, float]] = {
   "ablation": (3, 64, 8, 128, 8, 600, 3e-3),
   "needles": (3, 64, 8, 64, 16, 1_500, 4e-3),
-  "shots": (2, 64, 8, 64, 64, 400, 4e-3),
+  "shots": (3, 64, 8, 32, 32, 3_000, 4e-3),
 }
+SMALL["scaled"] = SMALL["ablation"]  # But for the size of embeddings, as in all but the first.
 
 SCALES = {
   "paper": "The paper's recipe; corpus and tokenizer are not public, and whether 3B shares keys "
@@ -89,15 +91,14 @@ SCALES = {
   "context.",
 }
 
-
-_TASK = (
-  "107k parameters (without embeddings), 400 steps of 64 rows of 64 bytes of a synthetic task."
-)
 NEEDLES_SMALL = (
   "160k parameters (without embeddings), 1500 steps of 16 rows of 64 bytes of a synthetic task. "
   "Six needles of a mark, a letter and two digits, all of which are asked for."
 )
-SHOTS_SMALL = f"{_TASK} Eight items of two letters, of four classes."
+SHOTS_SMALL = (
+  "160k parameters (without embeddings), 3000 steps of 32 rows of 32 bytes of a synthetic task. "
+  "Eight items of a letter, of four classes."
+)
 
 NEEDLES = {1: 1, 2: 2, 4: 2, 6: 2}
 """Table 2: needles, and how many are asked for."""
@@ -119,13 +120,14 @@ def runs() -> dict[str, tuple[str, str]]:
   """The model and the recipe of each run."""
   pairs = {"ablation": MODELS}
   pairs |= dict.fromkeys(("needles", "shots"), _MEASURED)
+  pairs["scaled"] = ("transformer", "transformer_norm", "diff", "diff_no_norm", "diff_v2")
   pairs |= {recipe: ("transformer", "diff") for recipe in PAPER if recipe not in pairs}
   return {f"{m}_{recipe}": (m, recipe) for recipe, models in pairs.items() for m in models}
 
 
 def row(model: str, recipe: str, expected: Mapping[str, float | None], **fields: Any) -> dict:
   """A row of a table: a model under a recipe."""
-  return dict(about=MODELS[model][0], run=f"{model}_{recipe}", expected=expected) | fields
+  return runs_lib.row(MODELS, model, recipe, expected) | fields
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -141,6 +143,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     num_layers, embed_dim, num_heads = _paper(c, known[recipe], name)
   else:
     num_layers, embed_dim, num_heads = _small(c, known[recipe])
+    # A normalised head of unit size drowns embeddings of the size that they begin with otherwise.
+    fields = fields | dict(scale_embeddings=recipe in ("needles", "scaled", "shots"))
   # The original release's layers; its epsilon.
   sizes = dict(num_layers=num_layers, embed_dim=embed_dim, num_heads=int(num_heads * heads))
   c.model = common.model(**fields, **sizes, feed_forward="swiglu", init="linear", norm_eps=1e-5)
@@ -149,7 +153,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   if arg.scale == "paper":
     c.model.update(dtype="bfloat16", remat="full")
     c.model.rope_base = known[recipe].get("rope_base", 10_000.0)
-  _EVALS.get(recipe, _text)(c, arg.scale)
+  _EVALS.get(recipe, runs_lib.evaluate_text)(c, arg.scale)
   if recipe == "ablation" and name in _MEASURED:
     _measure(c)
   if arg.smoke:
@@ -168,8 +172,9 @@ def _paper(c: ml_collections.ConfigDict, r: Mapping[str, Any], model: str) -> tu
   c.optimizer.update(schedule="linear", end_lr_ratio=r["end"])
   c.optimizer.update(b1=0.9, b2=r["b2"], weight_decay=r["weight_decay"])
   c.train_steps, c.log_steps, c.checkpoint_steps = r["steps"], 50, 500
-  if "after" in r:  # Where `experiments.tables` leaves it.
-    c.init_from = f"runs/diff_transformer_{RUNS}_paper/{model}_{r['after']}/seed{c.seed}"
+  if "after" in r:  # `experiments.tables` looks for it in its workdir.
+    home = runs_lib.folder("diff_transformer", RUNS, "paper")
+    c.init_from = str(home / f"{model}_{r['after']}/seed{c.seed}")
   return SIZES[r["size"]]
 
 
@@ -181,16 +186,6 @@ def _small(c: ml_collections.ConfigDict, sizes: tuple) -> tuple[int, int, int]:
   c.optimizer.update(schedule="linear", end_lr_ratio=0.0, b1=0.9, b2=0.98, weight_decay=0.05)
   c.train_steps, c.log_steps, c.checkpoint_steps = steps, 20, steps // 4
   return tuple(model)
-
-
-def _text(c: ml_collections.ConfigDict, scale: str) -> None:
-  """Loss, split by recall."""
-  small = scale == "small"
-  options = dict(type="perplexity", split="validation", max_batches=64 if small else 16)
-  options["every_steps"] = c.train_steps if small else 1_000
-  c.evals = dict(validation=options | dict(recall_order=2))
-  # A pair of bytes says little; four are as long as a token of the paper.
-  c.evals.validation_4 = options | dict(recall_order=4)
 
 
 def _measure(c: ml_collections.ConfigDict) -> None:
@@ -207,13 +202,11 @@ def _needles(c: ml_collections.ConfigDict, scale: str) -> None:
   """Table 2; at the small scale table 3, and the task that is trained."""
   options = dict(type="needles", num_samples=50, every_steps=c.train_steps)
   if scale == "paper":
-    _text(c, scale)
+    runs_lib.evaluate_text(c, scale)
     options["hay"] = "text"
   else:
     c.data.update(source="synthetic", task="multi_needle")
     c.data.task_options.update(num_needles=6, num_queries=6, key_length=1, value_length=2)
-    # A normalised head of unit size drowns embeddings of the size that they begin with otherwise.
-    c.model.scale_embeddings = True
     # As many needles as in training; table 3 does not tell its number.
     c.evals = dict(attention=dict(type="attention_mass", every_steps=c.train_steps))
   for needles, queries in NEEDLES.items():
@@ -222,7 +215,7 @@ def _needles(c: ml_collections.ConfigDict, scale: str) -> None:
 
 def _long(c: ml_collections.ConfigDict, scale: str) -> None:
   """Figures 4 and 5."""
-  _text(c, scale)
+  runs_lib.evaluate_text(c, scale)
   c.evals.validation.num_buckets = 8
   options = dict(type="needles", hay="text", num_needles=8, num_samples=50)
   for k in NEEDLE_LENGTHS:
@@ -233,6 +226,7 @@ def _shots(c: ml_collections.ConfigDict, scale: str) -> None:
   """Figures 6, 7 and 11."""
   del scale
   c.data.update(source="synthetic", task="many_shot")
+  c.data.task_options.update(num_items=8, num_classes=4, item_length=1)
   options = dict(type="many_shot", num_samples=8, every_steps=c.train_steps)
   c.evals = dict(shots=options, shots_in_turn=options | dict(order="alternating"))
 

@@ -3,7 +3,7 @@ r"""Loss by position in 64K tokens: figure 4 of the Differential Transformer, ar
   python -m experiments.tables --scale=paper --seeds=0 \
       --config=experiments/configs/diff_transformer/figure4_positions.py
 
-The runs go on from those of 3B, whose folders `config.init_from` names, with 1.5B tokens in windows
+The runs go on from those of 3B, which `config.init_from` names, with 1.5B tokens in windows
 of 65,536. The figure has no values on its axis: the Differential Transformer lies below everywhere.
 """
 

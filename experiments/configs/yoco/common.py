@@ -10,6 +10,7 @@ from typing import Any
 
 import ml_collections
 
+from experiments import runs as runs_lib
 from experiments.configs import common
 
 RUNS = "runs"
@@ -85,17 +86,17 @@ PAPER: dict[str, dict[str, Any]] = {
 }
 
 LONG, LONG_BASE = 512, 160_000.0
-"""What small models are extended to, and with which wave length: 16 times as long for four times
-the tokens, where the paper has 64 times for 16 times."""
+"""What small models are extended to, and with which RoPE base: 16 times as large for four times the
+tokens, where the paper has 64 times for 16 times."""
 SMALL: dict[str, dict[str, Any]] = {
   "160m": dict(seq_length=128, steps=600, peak_lr=3e-3),
-  "window": dict(seq_length=64, batch_size=64, steps=400, peak_lr=4e-3, window=8),
+  "window": dict(seq_length=64, batch_size=16, steps=3_000, peak_lr=4e-3, window=8),
   "longer": dict(seq_length=LONG, steps=60, peak_lr=1e-3, rope_base=LONG_BASE, after="160m"),
 }
 
 WINDOW_SMALL = (
-  "0.2M parameters (without embeddings), 400 steps of 64 rows of 64 bytes of a synthetic task: "
-  "four needles of a mark, a letter and a digit, all asked for. A window has 8 tokens, so "
+  "0.2M parameters (without embeddings), 3000 steps of 16 rows of 64 bytes of a synthetic task: "
+  "six needles of a mark, a letter and a digit, all asked for. A window has 8 tokens, so "
   "four layers reach 28 back."
 )
 
@@ -134,7 +135,7 @@ def runs() -> dict[str, tuple[str, str]]:
 
 def row(model: str, recipe: str, expected: Mapping[str, float | None], **fields: Any) -> dict:
   """A row of a table: a model under a recipe."""
-  return dict(about=MODELS[model][0], run=f"{model}_{recipe}", expected=expected) | fields
+  return runs_lib.row(MODELS, model, recipe, expected) | fields
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -147,12 +148,13 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   r = known[recipe]
   c = common.language_model(seed=arg.seed)
   sizes = _paper(c, r) if arg.scale == "paper" else _small(c, r)
-  if after := r.get("after"):  # Where `experiments.tables` leaves it.
-    c.init_from = f"runs/yoco_{RUNS}_{arg.scale}/{name}_{after}/seed{c.seed}"
+  if after := r.get("after"):  # `experiments.tables` looks for it in its workdir.
+    home = runs_lib.folder("yoco", RUNS, arg.scale)
+    c.init_from = str(home / f"{name}_{after}/seed{c.seed}")
   c.model = _model(name, recipe, **sizes, rope_base=r.get("rope_base", 10_000.0))
   if arg.scale == "paper":
     c.model.update(dtype="bfloat16", remat="full")
-  _EVALS.get(recipe, _text)(c, arg.scale)
+  _EVALS.get(recipe, runs_lib.evaluate_text)(c, arg.scale)
   if arg.scale == "small" and recipe == "160m" and name in COMPARED:
     _extend(c)
   if arg.smoke:
@@ -235,18 +237,8 @@ def _optimise(
   c.optimizer.update(peak_lr=peak_lr, warmup_steps=warmup)
 
 
-def _text(c: ml_collections.ConfigDict, scale: str) -> None:
-  """Loss, split by recall."""
-  small = scale == "small"
-  options = dict(type="perplexity", split="validation", max_batches=64 if small else 16)
-  options["every_steps"] = c.train_steps if small else 1_000
-  c.evals = dict(validation=options | dict(recall_order=2))
-  # A pair of bytes says little; four are as long as a token of the paper.
-  c.evals.validation_4 = options | dict(recall_order=4)
-
-
 def _extend(c: ml_collections.ConfigDict) -> None:
-  """The same text in longer windows, without and with the longer wave length."""
+  """The same text in longer windows, without and with the larger RoPE base."""
   options = dict(type="perplexity", split="validation", every_steps=c.train_steps)
   options |= dict(seq_length=LONG, max_batches=64 * c.data.seq_length // LONG)
   c.evals.long = options
@@ -255,7 +247,7 @@ def _extend(c: ml_collections.ConfigDict) -> None:
 
 def _long(c: ml_collections.ConfigDict, scale: str) -> None:
   """Table 4, and figures 4 and 5."""
-  _text(c, scale)
+  runs_lib.evaluate_text(c, scale)
   c.evals.validation.num_buckets = 8
   options = dict(type="needles", hay="text", num_queries=1, every_steps=c.train_steps)
   elevenths = options | dict(seq_length=2**17, num_samples=5)
@@ -270,7 +262,7 @@ def _long(c: ml_collections.ConfigDict, scale: str) -> None:
 def _window(c: ml_collections.ConfigDict, scale: str) -> None:
   del scale
   c.data.update(source="synthetic", task="multi_needle")
-  c.data.task_options.update(num_needles=4, num_queries=4, key_length=1, value_length=1)
+  c.data.task_options.update(num_needles=6, num_queries=6, key_length=1, value_length=1)
   c.evals = dict(needles=dict(type="needles", every_steps=c.train_steps))
 
 

@@ -1,11 +1,11 @@
-r"""A longer window behind a longer wave length: appendix F of YOCO, arXiv 2405.05254, in small.
+r"""A longer window behind a larger RoPE base: appendix F of YOCO, arXiv 2405.05254, in small.
 
   python -m experiments.tables --scale=small --seeds=0,1,2 \
       --config=experiments/configs/yoco/extension.py
 
-Models of table 5, trained in windows of 128, score windows of 512 by position: as they are, with
-longer waves of the rotation alone, and with these after a tenth as many steps more, in windows of
-512. The paper has no figures of this.
+Models of table 5, trained in windows of 128, score windows of 512 by position: as they are, with a
+larger RoPE base alone, and with it after a tenth as many steps more, in windows of 512. The paper
+has no figures of this.
 """
 
 from experiments.configs.yoco import common
@@ -33,9 +33,9 @@ def _rows(model):
   return {
     model: short,
     f"{model}_base": short
-    | dict(about=f"{name}, longer waves", base=model, metrics=_of("long_base")),
+    | dict(about=f"{name}, larger RoPE base", base=model, metrics=_of("long_base")),
     f"{model}_longer": longer
-    | dict(about=f"{name}, longer waves, trained on", metrics=_of("validation")),
+    | dict(about=f"{name}, larger RoPE base, trained on", metrics=_of("validation")),
   }
 
 

@@ -3,7 +3,7 @@ r"""Long inputs of 160M parameters: figure 11 of YOCO, https://arxiv.org/abs/240
   python -m experiments.tables --scale=paper --seeds=0 \
       --config=experiments/configs/yoco/figure11_lengths.py
 
-The models of table 5, whose folders `config.init_from` names, go on with 2B tokens in windows of
+The models of table 5, which `config.init_from` names, go on with 2B tokens in windows of
 16,384. The evaluation, perplexity of ZeroSCROLLS' answers behind 4K to 16K tokens of GovReport,
 QMSum, Qasper and NarrativeQA, is not here, and its values are unknown: YOCO and the Transformer are
 the best. What is measured is the loss by position. Mamba is not in the library.
