@@ -34,7 +34,7 @@ def write_png(
   cells[:count, :-1, :-1] = pixels
   grid = cells.reshape(lines, columns, *cells.shape[1:]).swapaxes(1, 2)
   grid = grid.reshape(lines * cells.shape[1], columns * cells.shape[2], channels)[:-1, :-1]
-  _replace(
+  files.write(
     path,
     lambda file: Image.fromarray(grid.squeeze(-1) if channels == 1 else grid).save(file, "png"),
   )
@@ -63,16 +63,4 @@ def write_wav(path: str | os.PathLike, sound: np.ndarray, sample_rate: int) -> N
       f.setframerate(sample_rate)
       f.writeframes(samples.tobytes())
 
-  _replace(path, write)
-
-
-def _replace(path: str | os.PathLike, write) -> None:
-  """Writes a temporary file beside `path` and moves it there."""
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = files.temporary_name(path)
-  try:
-    write(temporary)
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
+  files.write(path, write)

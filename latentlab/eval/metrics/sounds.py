@@ -1,5 +1,6 @@
 """How near a sound of one channel is to another; sounds are `[S]`, in [-1, 1]."""
 
+import functools
 import warnings
 from collections.abc import Callable
 
@@ -60,8 +61,11 @@ def log_mel(
     signal.windows.hann(window, sym=False), hop, fs=sample_rate, fft_mode="onesided"
   )
   magnitudes = np.abs(transform.stft(sound, p0=0, p1=-(-len(sound) // hop)))
-  bands = magnitudes.T @ mel_filterbank(num_mels, window, sample_rate)
+  bands = magnitudes.T @ _filterbank(num_mels, window, sample_rate)
   return np.log10(np.maximum(bands, _FLOOR))
+
+
+_filterbank = functools.lru_cache(maxsize=16)(mel_filterbank)
 
 
 def mel_distance(sound: Sound, reference: Sound, sample_rate: int, **options: int) -> float:
