@@ -125,7 +125,7 @@ class _Classifier(nn.Module):
 
   num_classes: int
   channels: int = 16
-  hidden: int = 64
+  hidden: int = 32
 
   @nn.compact
   def __call__(
