@@ -229,6 +229,7 @@ def _shots(c: ml_collections.ConfigDict, scale: str) -> None:
   c.data.task_options.update(num_items=8, num_classes=4, item_length=1)
   options = dict(type="many_shot", num_samples=8, every_steps=c.train_steps)
   c.evals = dict(shots=options, shots_in_turn=options | dict(order="alternating"))
+  c.evals.shots_longer = options | dict(seq_length=2 * c.data.seq_length)
 
 
 _EVALS = {"needles": _needles, "64k": _long, "shots": _shots}

@@ -6,7 +6,7 @@ r"""Many shots, and their order: figures 6, 7 and 11 of the Differential Transfo
 https://arxiv.org/abs/2410.05258. The paper has four classification sets in 64K tokens (accuracies
 and ranges are recovered from its vector graphics); here the task is synthetic, mappings from items
 to labels that every row makes anew. The margin is between the best and the worst order of the same
-examples.
+examples, as many as a row of the trained length holds, or one of twice that length.
 """
 
 from experiments.configs.diff_transformer import common
@@ -18,6 +18,8 @@ METRICS = {
   "accuracy": "shots/accuracy",
   "margin, random order": "shots/spread",
   "margin, classes in turn": "shots_in_turn/spread",
+  "accuracy, twice the length": "shots_longer/accuracy",
+  "margin, twice the length": "shots_longer/spread",
 }
 RUNS = common.RUNS
 SCALES = dict(small=common.SHOTS_SMALL)
