@@ -14,7 +14,7 @@ from latentlab import data as data_lib
 from latentlab import eval as eval_lib
 from latentlab.models.language_model import num_params
 from latentlab.train import loop, metrics, optim
-from latentlab.train.task import build_task
+from latentlab.train.tasks import build_task
 
 _CONFIGS = pathlib.Path(__file__).parent.parent / "experiments/configs"
 _FILES = sorted(

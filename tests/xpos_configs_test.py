@@ -7,7 +7,7 @@ import pytest
 
 from experiments.configs.xpos import common
 from latentlab import data as data_lib
-from latentlab.train.task import build_task
+from latentlab.train.tasks import build_task
 
 TABLES = ("table2_length", "table3_resolution", "table4_rotation", "table5_blocks")
 

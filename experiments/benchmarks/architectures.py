@@ -32,7 +32,7 @@ from experiments.configs import common
 from latentlab import sample
 from latentlab.app import huge_page_environment
 from latentlab.models import LanguageModel, build_config, flops_per_token, num_params, prefill
-from latentlab.train import partition, task
+from latentlab.train import partition, tasks
 
 flags.declare_key_flag("rounds")
 _MODELS = flags.DEFINE_list("architectures", [], "Models to time; all of them by default.")
@@ -78,7 +78,7 @@ class Program:
     config.optimizer.schedule = "constant"
     self.config = build_config(config.model, VOCAB_SIZE)
     self._model = LanguageModel(self.config)
-    self._trainer = partition.make_trainer(task.build_task(config, VOCAB_SIZE), config)
+    self._trainer = partition.make_trainer(tasks.build_task(config, VOCAB_SIZE), config)
     self._state = self._trainer.init(jax.random.key(0))
     self._params = nn.unbox(
       jax.jit(self._model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))

@@ -28,7 +28,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from experiments.configs import common
 from experiments.inference_cost import WITHOUT_TPU
 from latentlab.models import num_params, registry
-from latentlab.train import partition, task
+from latentlab.train import partition, tasks
 
 # Topology, mesh, model and the shape of a batch; 3B models at 4096 tokens as in both papers, and
 # YOCO's chunk parallelism at 32k tokens a row.
@@ -73,7 +73,7 @@ def compile_step(case: Mapping[str, Any], topology: str) -> dict[str, Any]:
   config.mesh = dict(data=1, fsdp=1, tensor=1, seq=1) | case["mesh"]
   chips = math.prod(config.mesh.values())
   devices = topologies.get_topology_desc(topology, platform="tpu").devices[:chips]
-  language_model = task.build_task(config, VOCAB_SIZE)
+  language_model = tasks.build_task(config, VOCAB_SIZE)
   trainer = partition.make_trainer(language_model, config, devices)
   rows, length = (dict(trainer.rules)[name] for name in ("act_batch", "act_length"))
   layout = NamedSharding(trainer.mesh, PartitionSpec(rows, length))

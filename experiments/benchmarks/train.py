@@ -128,13 +128,13 @@ class Ours(Program):
 
   def __init__(self, model: str, size: specs.Size, weights_path: str):
     from experiments.configs import common
-    from latentlab.train import partition, task
+    from latentlab.train import partition, tasks
 
     super().__init__(size)
     config = common.language_model()
     config.model = size.model(model)
     config.optimizer.update(OPTIMIZER)
-    self._task = task.build_task(config, size.vocab_size)
+    self._task = tasks.build_task(config, size.vocab_size)
     self._trainer = partition.make_trainer(self._task, config)
     self.reset()
     np.savez(weights_path, **peers.PEERS[model].weights(self._state.params))

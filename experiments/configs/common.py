@@ -52,30 +52,15 @@ def parse_arg(arg: str | None, **fields: Any) -> types.SimpleNamespace:
   return types.SimpleNamespace(**values)
 
 
-def language_model(*, seed: int = 0) -> ml_collections.ConfigDict:
-  """Defaults of a language model's training run.
+def run(*, seed: int = 0) -> ml_collections.ConfigDict:
+  """What every training run has, whatever its task: optimiser, mesh, periods, checkpoints.
 
   Fields that no code reads cannot be added, so that a misspelt one is an error. Open are `task`,
-  `data.task_options`, `evals` and `expected`.
+  `evals` and `expected`.
   """
   c = ml_collections.ConfigDict()
   c.seed = seed
-  c.task = dict(type="language_model", trainable=(".*",))
-  c.model = model("transformer", num_layers=4, embed_dim=256, num_heads=4)
-  c.data = dict(
-    source="standard_library",
-    path="",
-    include=("*",),
-    task="copy",
-    task_options=ml_collections.ConfigDict(),
-    tokenizer="bytes",
-    vocab_size=0,
-    seq_length=256,
-    packing="segments",
-    validation_fraction=0.05,
-    max_train_bytes=0,
-    cache_dir="",
-  )
+  c.task = ml_collections.ConfigDict()
   c.batch_size = 32
   c.optimizer = dict(
     name="adamw",
@@ -100,19 +85,48 @@ def language_model(*, seed: int = 0) -> ml_collections.ConfigDict:
   c.checkpoint = dict(keep_last=2, keep_best="", best_mode="min")
   c.resume = c.init_from = ""
   c.init_rename = c.init_new = ()
+  c.evals = ml_collections.ConfigDict()
+  c.max_skipped_steps = 10
+  c.logging = dict(tensorboard=False)
+  c.expected = ml_collections.ConfigDict()
+  return c
+
+
+def lock(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """Closes a config to unknown fields, but for sections that hold names of their own."""
+  c.lock()
+  for section in (c.task, c.evals, c.expected):
+    section.unlock()
+  return c
+
+
+def language_model(*, seed: int = 0) -> ml_collections.ConfigDict:
+  """Defaults of a language model's training run; `data.task_options` is open too."""
+  c = run(seed=seed)
+  c.task = dict(type="language_model", trainable=(".*",))
+  c.model = model("transformer", num_layers=4, embed_dim=256, num_heads=4)
+  c.data = dict(
+    source="standard_library",
+    path="",
+    include=("*",),
+    task="copy",
+    task_options=ml_collections.ConfigDict(),
+    tokenizer="bytes",
+    vocab_size=0,
+    seq_length=256,
+    packing="segments",
+    validation_fraction=0.05,
+    max_train_bytes=0,
+    cache_dir="",
+  )
   c.evals = dict(
     validation=dict(
       type="perplexity", split="validation", every_steps=200, max_batches=16, num_buckets=4
     )
   )
-  c.max_skipped_steps = 10
-  c.logging = dict(tensorboard=False)
   # What the end of training draws for the eye; 0 tokens for none.
   c.sample = dict(prompt="", num_tokens=0, temperature=0.8, top_p=0.95)
-  c.expected = ml_collections.ConfigDict()
-  c.lock()
-  for section in (c.task, c.data.task_options, c.evals, c.expected):
-    section.unlock()
+  lock(c).data.task_options.unlock()
   return c
 
 

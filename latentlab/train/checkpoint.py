@@ -240,6 +240,7 @@ def restore_params(
   *,
   renames: Sequence[tuple[str, str]] = (),
   new: Sequence[str] = (),
+  average: bool = False,
 ) -> Tree:
   """Starts parameters from another run's newest checkpoint: `config.init_from`.
 
@@ -250,6 +251,7 @@ def restore_params(
       the checkpoint; a path that becomes empty is dropped.
     new: Patterns; a parameter whose whole path one of them matches may be absent from the
       checkpoint and keeps its fresh value.
+    average: Whether to take the parameters' moving average, where the run kept one.
 
   Returns:
     The parameters, in `target`'s shardings.
@@ -261,9 +263,9 @@ def restore_params(
     if not source.steps():
       raise ValueError(f"There are no checkpoints in {str(source.directory)!r}.")
     path = source.directory / str(source.steps()[-1])
-  found = {
-    k.removeprefix("params/"): x for k, x in stored_leaves(path).items() if k.startswith("params/")
-  }
+  stored = stored_leaves(path)
+  part = "ema/" if average and any(k.startswith("ema/") for k in stored) else "params/"
+  found = {k.removeprefix(part): x for k, x in stored.items() if k.startswith(part)}
   origin: dict[str, str] = {}
   for name in found:
     goal = name
@@ -284,8 +286,8 @@ def restore_params(
     )
   taken = {k: x for k, x in wanted.items() if k in origin}
   _check_same(path, {k: found[origin[k]] for k in taken}, taken, dtypes=False)
-  restored = _read(path, {f"params/{origin[k]}": _abstract(x) for k, x in taken.items()})
-  values = [restored[f"params/{origin[k]}"] if k in taken else x for k, x in wanted.items()]
+  restored = _read(path, {part + origin[k]: _abstract(x) for k, x in taken.items()})
+  values = [restored[part + origin[k]] if k in taken else x for k, x in wanted.items()]
   logger.info("Initialised %d of %d parameters from %s.", len(taken), len(wanted), path)
   return jax.tree.unflatten(jax.tree.structure(target), values)
 

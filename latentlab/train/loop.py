@@ -26,14 +26,14 @@ from jax.experimental import multihost_utils
 from latentlab import data as data_lib
 from latentlab import eval as eval_lib
 from latentlab.data import files
-from latentlab.train import checkpoint, metrics, partition, plots
+from latentlab.train import checkpoint, latents, metrics, partition, plots
 from latentlab.train.state import TrainState
-from latentlab.train.task import RunTask, build_task
+from latentlab.train.task import RunTask
+from latentlab.train.tasks import build_task
+from latentlab.train.workdir_files import CONFIG, CORPUS, TOKENIZER, read_config, saved
 from latentlab.typing import Params
 
 logger = logging.getLogger(__name__)
-
-_CONFIG, _CORPUS, _TOKENIZER = "config.json", "corpus.json", "tokenizer.json"
 
 # An iterator's state is a number of global batches, which means nothing when these change.
 _BATCH_FIELDS = ("batch_size", "seed", "data.seq_length", "data.packing")
@@ -76,9 +76,13 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dic
   """
   _check(config)
   workdir = pathlib.Path(workdir).absolute()
+  asked, config = config, latents.resolved(config, workdir)
+  if latents.needs_tokenizer(config):
+    logger.info("First the tokenizer, in %s.", config.data.tokenizer_run)
+    train(config.tokenizer, config.data.tokenizer_run)
   data = _build_data(config)
   _check_hosts_agree(data)
-  task = build_task(config, data.tokenizer.vocab_size)
+  task = build_task(config, data.tokenizer.vocab_size, data.summary)
   task.check_sample(data)
   trainer = partition.make_trainer(task, config)
   evaluations = eval_lib.build(config.evals.to_dict(), task, data, trainer.compile)
@@ -93,9 +97,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dic
     if iterator_state is not None:
       iterator.set_state(iterator_state)
     if jax.process_index() == 0:
-      _write_config(config, workdir)
+      _write_config(asked, workdir)
       _write_corpus(data, workdir)
-      data.tokenizer.save(workdir / _TOKENIZER)
+      data.tokenizer.save(workdir / TOKENIZER)
     writer = stack.enter_context(
       contextlib.closing(
         metrics.MetricsWriter(workdir, start_step=step, tensorboard=config.logging.tensorboard)
@@ -170,16 +174,18 @@ def load(
     except ValueError as e:
       logger.info("%s Here the run's parameters are on every device instead.", e)
       config.mesh = ml_collections.ConfigDict({"data": -1})
-  path = pathlib.Path(workdir) / _TOKENIZER
+  config = latents.resolved(config, workdir)
+  path = pathlib.Path(workdir) / TOKENIZER
   if not path.exists():
-    raise ValueError(f"{str(workdir)!r} holds no {_TOKENIZER}: train there first.")
+    raise ValueError(f"{str(workdir)!r} holds no {TOKENIZER}: train there first.")
   tokenizer = data_lib.load_tokenizer(path)
-  task = build_task(config, tokenizer.vocab_size)
+  summary = saved(path.parent / CORPUS)
+  task = build_task(config, tokenizer.vocab_size, summary)
   if model:
     task.variant(model)  # Raises where it has other parameters.
     config = ml_collections.ConfigDict(config.to_dict())
     config.model.update(model)
-    task = build_task(config, tokenizer.vocab_size)
+    task = build_task(config, tokenizer.vocab_size, summary)
   trainer = partition.make_trainer(task, config)
   part = "params" if trainer.abstract_state.ema is None else "ema"
   with checkpoint.Checkpointer(workdir, **config.checkpoint, read_only=True) as checkpointer:
@@ -211,21 +217,13 @@ def save(
     ValueError: the workdir holds a run.
   """
   workdir = pathlib.Path(workdir).absolute()
-  if (workdir / _CONFIG).exists() or (workdir / "checkpoints").exists():
+  if (workdir / CONFIG).exists() or (workdir / "checkpoints").exists():
     raise ValueError(f"{str(workdir)!r} holds a run already; give another workdir.")
   workdir.mkdir(parents=True, exist_ok=True)
   with checkpoint.Checkpointer(workdir, **config.checkpoint) as checkpointer:
     checkpointer.save(0, {"params": jax.device_put(params)}, {})
-  tokenizer.save(workdir / _TOKENIZER)
+  tokenizer.save(workdir / TOKENIZER)
   _write_config(config, workdir)
-
-
-def read_config(workdir: str | pathlib.Path) -> ml_collections.ConfigDict:
-  """The config that a workdir's run was started with."""
-  path = pathlib.Path(workdir) / _CONFIG
-  if not path.exists():
-    raise ValueError(f"{str(workdir)!r} holds no {_CONFIG}: train there first.")
-  return ml_collections.ConfigDict(_with_tuples(_read_json(path)))
 
 
 class _Run:
@@ -411,7 +409,7 @@ def _check_hosts_agree(data: data_lib.Data) -> None:
 
 def _check_tokenizer(workdir: pathlib.Path, data: data_lib.Data) -> None:
   """Raises if the run of `workdir` had another tokenizer: its ids meant other text."""
-  path = workdir / _TOKENIZER
+  path = workdir / TOKENIZER
   if not path.exists():
     return
   was, now = data_lib.load_tokenizer(path).digest, data.tokenizer.digest
@@ -425,12 +423,12 @@ def _check_tokenizer(workdir: pathlib.Path, data: data_lib.Data) -> None:
 
 def _check_batches(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   """Raises if the run of `workdir` counted batches of another kind."""
-  saved = _saved(workdir / _CONFIG)
-  if saved is None:
+  before = saved(workdir / CONFIG)
+  if before is None:
     return
   changed = [
     d
-    for d in _differences(saved, json.loads(config.to_json()))
+    for d in _differences(before, json.loads(config.to_json()))
     if d.partition(":")[0].removeprefix("config.") in _BATCH_FIELDS
   ]
   if changed:
@@ -482,49 +480,21 @@ def _start(
 
 def _write_config(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   text = config.to_json(indent=2, sort_keys=True) + "\n"
-  saved = _saved(workdir / _CONFIG)
-  if saved is not None and (changed := _differences(saved, json.loads(text))):
+  before = saved(workdir / CONFIG)
+  if before is not None and (changed := _differences(before, json.loads(text))):
     logger.warning("The config changed since this workdir's last run: %s", "; ".join(changed))
-  files.write_text(workdir / _CONFIG, text)
+  files.write_text(workdir / CONFIG, text)
 
 
 def _write_corpus(data: data_lib.Data, workdir: pathlib.Path) -> None:
-  saved, now = _saved(workdir / _CORPUS), dict(data.summary)
-  if saved is not None and saved.get("tokens_sha256") != now.get("tokens_sha256"):
+  before, now = saved(workdir / CORPUS), dict(data.summary)
+  if before is not None and before.get("tokens_sha256") != now.get("tokens_sha256"):
     logger.warning(
       "The corpus changed since this workdir's last run: tokens_sha256 %s -> %s",
-      saved.get("tokens_sha256"),
+      before.get("tokens_sha256"),
       now.get("tokens_sha256"),
     )
-  files.write_json(workdir / _CORPUS, now)
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    value = json.loads(path.read_text("utf-8"))
-  except ValueError as e:
-    raise ValueError(f"{str(path)!r} is not json ({e}); restore it, or give --config.") from e
-  if not isinstance(value, dict):
-    raise ValueError(f"{str(path)!r} holds no fields; restore it, or give --config.")
-  return value
-
-
-def _saved(path: pathlib.Path) -> dict[str, Any] | None:
-  """What an earlier run left; nothing, with a warning, where it is damaged."""
-  if not path.exists():
-    return None
-  try:
-    return _read_json(path)
-  except ValueError as e:
-    logger.warning("%s Nothing is compared with it.", e)
-    return None
-
-
-def _with_tuples(x: Any) -> Any:
-  """JSON has lists where configs have tuples."""
-  if isinstance(x, dict):
-    return {k: _with_tuples(v) for k, v in x.items()}
-  return tuple(_with_tuples(v) for v in x) if isinstance(x, list) else x
+  files.write_json(workdir / CORPUS, now)
 
 
 def _differences(old: Any, new: Any, path: str = "config") -> list[str]:
@@ -609,6 +579,8 @@ def _is_finite(value: float | None) -> bool:
 
 
 def _build_data(config: ml_collections.ConfigDict) -> data_lib.Data:
+  if latents.of_latents(config):
+    return latents.build_data(config)
   return data_lib.build(
     config.data.to_dict(), config.batch_size, jax.process_index(), jax.process_count()
   )

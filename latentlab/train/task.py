@@ -193,7 +193,12 @@ def _model_section(config: ml_collections.ConfigDict) -> dict[str, Any]:
   return section
 
 
-def _language_model(config: ml_collections.ConfigDict, vocab_size: int) -> LanguageModelTask:
+def build_language_model(config: ml_collections.ConfigDict, vocab_size: int) -> LanguageModelTask:
+  """The task of a config.
+
+  Raises:
+    ValueError: a field of `config.model` is unknown or bad.
+  """
   model_config = registry.build_config(_model_section(config), vocab_size=vocab_size)
   limit, length = model_config.context_limit, config.get("data", {}).get("seq_length", 0)
   if limit is not None and length > limit:
@@ -202,14 +207,3 @@ def _language_model(config: ml_collections.ConfigDict, vocab_size: int) -> Langu
       "which learned positions have vectors; raise max_length or shorten seq_length."
     )
   return LanguageModelTask(LanguageModel(model_config), config)
-
-
-TASKS = {"language_model": _language_model}
-
-
-def build_task(config: ml_collections.ConfigDict, vocab_size: int) -> RunTask:
-  """Builds the task that `config.task.type` names."""
-  name = config.get("task", {}).get("type", "language_model")
-  if name not in TASKS:
-    raise ValueError(f"config.task.type={name!r} is not a task; choose from {sorted(TASKS)}.")
-  return TASKS[name](config, vocab_size)

@@ -15,7 +15,7 @@ from latentlab import ops
 from latentlab.eval import perplexity
 from latentlab.models import registry
 from latentlab.models.language_model import LanguageModel
-from latentlab.train.task import build_task
+from latentlab.train.tasks import build_task
 
 VOCAB, LENGTH = 258, 12
 

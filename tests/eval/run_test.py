@@ -10,7 +10,7 @@ from latentlab import data as data_lib
 from latentlab import eval as eval_lib
 from latentlab.models import registry
 from latentlab.train import loop, metrics
-from latentlab.train.task import build_task
+from latentlab.train.tasks import build_task
 
 EVALS = {
   "quantised": dict(type="perplexity", max_batches=2, recall_order=2, model=dict(logit_bits=4)),

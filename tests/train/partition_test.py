@@ -16,7 +16,8 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
 from latentlab.train import partition
-from latentlab.train.task import Group, LanguageModelTask, build_task
+from latentlab.train.task import Group, LanguageModelTask
+from latentlab.train.tasks import build_task
 
 VOCAB, LENGTH, ROWS = 64, 16, 16
 MODELS = {

@@ -1,0 +1,113 @@
+"""What configs of latents share: media, tokenizers, and models over their latents."""
+
+import dataclasses
+from typing import Any
+
+import ml_collections
+from ml_collections import config_dict
+
+from experiments.configs import common
+from latentlab.data.media import MediaConfig
+from latentlab.data.mixed import LatentDataConfig
+from latentlab.models.latent_tokenizer import fields as latent_tokenizer_fields
+from latentlab.train.latent_task import head_fields
+from latentlab.train.tokenizer_losses import Objective
+
+
+def media(source: str, **values: Any) -> ml_collections.ConfigDict:
+  """`config.data` of a tokenizer, or `config.data.media` of a model over its latents."""
+  fields = {f.name: f.default for f in dataclasses.fields(MediaConfig)}
+  return ml_collections.ConfigDict(fields | {"source": source} | values)
+
+
+def latent_tokenizer(name: str, *, seed: int = 0, **values: Any) -> ml_collections.ConfigDict:
+  """Defaults of a tokenizer's training run on digits.
+
+  Args:
+    name: Of its body, as `config.model.name`.
+    seed: Of the run.
+    **values: Fields of `config.model`.
+  """
+  c = common.run(seed=seed)
+  c.task = dict(type="latent_tokenizer", trainable=(".*",), **dataclasses.asdict(Objective()))
+  c.model = ml_collections.ConfigDict(dict(name=name, preset=config_dict.placeholder(str)))
+  for field, (kind, default) in latent_tokenizer_fields(name).items():
+    c.model[field] = config_dict.placeholder(kind) if default is None else default
+  c.model.update(values)
+  c.data = media("digits")
+  c.sample = dict(num_samples=16)
+  c.optimizer.update(peak_lr=2e-3, weight_decay=0.0, warmup_steps=50)
+  c.batch_size = 64
+  return common.lock(c)
+
+
+def latentlm(
+  tokenizer: ml_collections.ConfigDict | None, *, seed: int = 0, head: str = "diffusion"
+) -> ml_collections.ConfigDict:
+  """Defaults of a LatentLM over a tokenizer's latents, of small size.
+
+  Args:
+    tokenizer: Config of the tokenizer's run, which is trained first, in `tokenizer/` of the
+      workdir; `None` where `data.tokenizer_run` will name one that is trained.
+    seed: Of both runs.
+    head: Kind of the head.
+  """
+  c = common.run(seed=seed)
+  c.task = dict(type="latentlm", trainable=(".*",))
+  c.model = common.model(
+    "transformer", num_layers=3, embed_dim=64, num_heads=4, feed_forward="swiglu", init="fan_in"
+  )
+  fields = {f.name: f.default for f in dataclasses.fields(LatentDataConfig) if f.name != "media"}
+  c.data = ml_collections.ConfigDict(fields)
+  c.data.media = (
+    media("digits") if tokenizer is None else tokenizer.data.copy_and_resolve_references()
+  )
+  c.latents = dict(
+    head=ml_collections.ConfigDict({"kind": head}),
+    stop="fixed",
+    loss_weight=1.0,
+    prompt_dropout=0.1,
+    input="sample",
+    target="sample",
+  )
+  for name, kind in head_fields(head).items():
+    c.latents.head[name] = config_dict.placeholder(kind)
+  c.sample = dict(num_samples=40, solver="dpm_2m", num_steps=20, guidance=1.0, temperature=1.0)
+  c.tokenizer = ml_collections.ConfigDict() if tokenizer is None else tokenizer
+  c.optimizer.update(peak_lr=2e-3, weight_decay=0.01, ema_decay=0.999, warmup_steps=100)
+  c.batch_size = 64
+  return common.lock(c)
+
+
+_SMOKE = {
+  "vit_tokenizer": dict(
+    image_size=8,
+    channels=1,
+    patch_size=2,
+    num_layers=1,
+    decoder_layers=1,
+    embed_dim=32,
+    num_heads=2,
+  ),
+  "conv_tokenizer": dict(
+    image_size=8, channels=1, width=8, multipliers=(1, 2), strides=(2,), depth=1
+  ),
+  "speech_tokenizer": dict(num_samples=640, width=4, strides=(4, 5), depths=(1, 1, 1)),
+}
+
+
+def smoke_tokenizer(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """Shrinks a tokenizer's run to one that trains in seconds on a CPU; images become digits."""
+  c.model.update(_SMOKE[c.model.name])
+  if c.model.name == "speech_tokenizer":
+    c.data.update(num_samples=c.model.num_samples)
+    c.task.spectral_windows = (64, 256)
+  else:
+    c.data = media("digits")
+  c.batch_size = 8
+  c.optimizer.warmup_steps = 2
+  c.train_steps, c.log_steps, c.checkpoint_steps = 8, 2, 4
+  for evaluation in c.evals.values():
+    evaluation.update(every_steps=4, max_batches=2)
+  c.sample.num_samples = min(c.sample.num_samples, 4)
+  return c

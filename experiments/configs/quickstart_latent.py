@@ -1,0 +1,34 @@
+r"""Digits drawn by next-token diffusion: a tokenizer and a LatentLM, trained in minutes.
+
+  python -m experiments.train --config=experiments/configs/quickstart_latent.py \\
+      --workdir=runs/quickstart_latent
+
+Trains a sigma-VAE on scikit-learn's 8x8 digits (1,797 images, nothing is downloaded), encodes them,
+trains a class-conditional LatentLM on the latents, and writes a picture of ten digits of each class
+to `samples/images.png`. Arguments: `smoke` for a run of seconds; `seed`.
+"""
+
+from experiments.configs import common
+from experiments.configs.latentlm import common as latentlm
+
+
+def get_config(arg=None):
+  arg = common.parse_arg(arg, smoke=False, seed=0)
+  tokenizer = latentlm.latent_tokenizer(
+    "vit_tokenizer",
+    seed=arg.seed,
+    image_size=8,
+    channels=1,
+    patch_size=2,
+    num_layers=2,
+    embed_dim=64,
+    num_heads=4,
+    dim=4,
+    bottleneck="sigma_gaussian",
+    std=0.3,
+  )
+  tokenizer.train_steps = 1500
+  c = latentlm.latentlm(tokenizer, seed=arg.seed)
+  c.train_steps, c.checkpoint_steps = 3000, 1000
+  c.sample.update(num_samples=100, guidance=1.5)
+  return c

@@ -1,0 +1,353 @@
+"""LatentLM: one causal decoder over tokens and latent vectors (https://arxiv.org/abs/2412.08635).
+
+A sequence is made of items. A token is embedded by lookup and predicted by a softmax; a latent of
+some modality is embedded by a linear map and drawn by that modality's head, conditioned on the
+hidden vector of the item before it (section 3). The decoder is any of the library's: heads and
+modalities stand beside it.
+
+Vocabulary: the text tokenizer's tokens, then one that stands for a left-out prompt (guidance's null
+condition), three for each modality (it opens a run of latents, closes one, and stands in for each
+of its latents), and one for each class.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import struct
+
+from latentlab import ops
+from latentlab.layers import DecoderCache, Shared
+from latentlab.layers.common import Projection
+from latentlab.layers.diffusion_head import DiffusionHeadConfig
+from latentlab.layers.latent_heads import (
+  MixtureHeadConfig,
+  RegressionHeadConfig,
+  SolverSettings,
+)
+from latentlab.models.language_model import LanguageModel, LanguageModelConfig
+from latentlab.typing import Array, Bool, Float, Int, Key
+
+HeadConfig = DiffusionHeadConfig | RegressionHeadConfig | MixtureHeadConfig
+
+STOPS = ("fixed", "token", "classifier")
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecialTokens:
+  """Where tokens that are no text lie in the vocabulary.
+
+  Attributes:
+    text_vocab_size: Tokens of the text's tokenizer, which come first.
+    num_modalities: Kinds of latents.
+    num_classes: Classes that a sequence may begin with.
+  """
+
+  text_vocab_size: int
+  num_modalities: int = 1
+  num_classes: int = 0
+
+  @property
+  def vocab_size(self) -> int:
+    return self.text_vocab_size + 1 + 3 * self.num_modalities + self.num_classes
+
+  @property
+  def null(self) -> int:
+    """Stands for each token of a prompt that guidance leaves out."""
+    return self.text_vocab_size
+
+  def begin(self, modality: int) -> int:
+    """The paper's `<BOD>`: what follows is a latent."""
+    return self.text_vocab_size + 1 + 3 * modality
+
+  def end(self, modality: int) -> int:
+    """`<EOD>`: the run of latents is over."""
+    return self.begin(modality) + 1
+
+  def latent(self, modality: int) -> int:
+    """Stands in for a latent among tokens, and says "another one" as a prediction."""
+    return self.begin(modality) + 2
+
+  def class_token(self, label: int | np.ndarray) -> int | np.ndarray:
+    if np.any(np.asarray(label) >= self.num_classes) or np.any(np.asarray(label) < 0):
+      raise ValueError(f"{label=} is no class; there are {self.num_classes}")
+    return self.text_vocab_size + 1 + 3 * self.num_modalities + label
+
+
+@dataclasses.dataclass(frozen=True)
+class ModalityConfig:
+  """One kind of latents.
+
+  Attributes:
+    name: Its name, as batches and parameters have it.
+    dim: Channels `Z`.
+    head: What draws them.
+    num_latents: Length of a run, where all are alike; `None` if not.
+    stop: What ends a run: its length (`fixed`), the softmax's choice between "another one" and the
+      closing token (`token`), or a classifier of the hidden vector (`classifier`).
+    mean: Mean of all latents, which is taken off them before the model sees any (section 9).
+    std: Standard deviation of all latents, which they are then divided by.
+  """
+
+  name: str
+  dim: int
+  head: HeadConfig
+  num_latents: int | None = None
+  stop: str = "token"
+  mean: float = 0.0
+  std: float = 1.0
+
+  def __post_init__(self):
+    if self.stop not in STOPS:
+      raise ValueError(f"unknown {self.stop=}; choose one of {STOPS}")
+    if self.stop == "fixed" and not self.num_latents:
+      raise ValueError("stop='fixed' needs num_latents, and this modality's runs differ in length")
+    if self.dim < 1 or not self.std > 0:
+      raise ValueError(f"{self.dim=} and {self.std=} of latents must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentLMConfig:
+  """A decoder with several kinds of items.
+
+  Attributes:
+    language: Embedding, decoder and softmax; its vocabulary holds the special tokens.
+    modalities: Kinds of latents.
+    text_vocab_size: Tokens of the text's tokenizer.
+    num_classes: Classes that a sequence may begin with.
+  """
+
+  language: LanguageModelConfig
+  modalities: tuple[ModalityConfig, ...]
+  text_vocab_size: int
+  num_classes: int = 0
+
+  def __post_init__(self):
+    names = [m.name for m in self.modalities]
+    if not names or len(set(names)) < len(names):
+      raise ValueError(f"a LatentLM has modalities of different names, got {names}")
+    if self.language.vocab_size != self.tokens.vocab_size:
+      raise ValueError(
+        f"{self.language.vocab_size=} must be {self.tokens.vocab_size}: {self.text_vocab_size} "
+        f"tokens of text, and the special ones of {len(names)} modalities and {self.num_classes} "
+        "classes"
+      )
+
+  @property
+  def tokens(self) -> SpecialTokens:
+    return SpecialTokens(self.text_vocab_size, len(self.modalities), self.num_classes)
+
+  @property
+  def context_limit(self) -> int | None:
+    return self.language.context_limit
+
+  @property
+  def shared(self) -> Shared:
+    """What heads share with the decoder."""
+    c = self.language.decoder
+    return Shared(c.embed_dim, c.dtype, c.initializers, c.norm_eps, num_layers=c.num_layers)
+
+
+@struct.dataclass
+class Items:
+  """Rows of items.
+
+  Attributes:
+    tokens: Tokens; at latents, what stands in for them.
+    kinds: 0 for a token, `1 + m` for a latent of modality `m`.
+    latents: By modality, normalised latents; anything where there is none.
+  """
+
+  tokens: Int[Array, "B T"]
+  kinds: Int[Array, "B T"]
+  latents: Mapping[str, Float[Array, "B T _"]]
+
+
+class LatentLM(nn.Module):
+  """The model.
+
+  Attributes:
+    config: What it is made of.
+  """
+
+  config: LatentLMConfig
+
+  def setup(self):
+    c, shared = self.config, self.config.shared
+    width, init = c.language.decoder.embed_dim, shared.init
+    self.language = LanguageModel(c.language)
+    # No axis of theirs is the model's alone, so that a mesh need not divide a few channels.
+    self.inputs = {
+      m.name: Projection((width,), (None, "embed"), init.mixer_in, shared.dtype)
+      for m in c.modalities
+    }
+    self.heads = {m.name: m.head.module(shared, m.dim, name=f"{m.name}_head") for m in c.modalities}
+    self.stops = {m.name: StopClassifier(shared) for m in c.modalities if m.stop == "classifier"}
+    self.normalizers = {m.name: Normalizer(m.mean, m.std) for m in c.modalities}
+
+  def __call__(self, items: Items) -> Float[Array, "B T D"]:
+    """Hidden vectors; initialises every part."""
+    hidden, _ = self.hidden(items)
+    if self.is_initializing():
+      key = jax.random.key(0)
+      for m in self.config.modalities:
+        self.latent_losses(m.name, hidden, items.latents[m.name], key)
+        if m.stop == "classifier":
+          self.stop_logits(m.name, hidden)
+      self.language.logits(hidden)
+    return hidden
+
+  def hidden(
+    self,
+    items: Items,
+    positions: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    lengths: Int[Array, " B"] | None = None,
+    cache: DecoderCache | None = None,
+    *,
+    fresh: bool = False,
+    last_only: bool = False,
+    deterministic: bool = True,
+  ) -> tuple[Float[Array, "B #T D"], DecoderCache | None]:
+    """Hidden vectors of items; arguments beside them as in `LanguageModel.hidden`."""
+    dtype, vectors = self.config.language.decoder.dtype, 0.0
+    for i, m in enumerate(self.config.modalities):
+      here = (items.kinds == i + 1)[..., None]
+      # A slot without a latent may hold anything, NaN included.
+      z = jnp.where(here, items.latents[m.name], 0.0).astype(dtype)
+      vectors = vectors + jnp.where(here, self.inputs[m.name](z), 0.0)
+      self.normalizers[m.name]()
+    return self.language.hidden(
+      items.tokens,
+      positions,
+      segment_ids,
+      lengths,
+      cache,
+      replaced=(items.kinds > 0, vectors),
+      fresh=fresh,
+      last_only=last_only,
+      deterministic=deterministic,
+    )
+
+  def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B vocab"]:
+    """Scores of the next token, in float32."""
+    return self.language.logits(hidden)
+
+  def token_losses(
+    self, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"]
+  ) -> Float[Array, "B T"]:
+    """Negative log-likelihood of each target in nats."""
+    return ops.cross_entropy(
+      hidden,
+      self.language.head_kernel(),
+      targets,
+      chunk_size=self.config.language.loss_chunk_size,
+    )
+
+  def latent_losses(
+    self,
+    name: str,
+    hidden: Float[Array, "*B D"],
+    latents: Float[Array, "*B Z"],
+    key: Key[Array, ""],
+  ) -> Float[Array, "*B"]:
+    """The head's loss of each latent that follows a hidden vector."""
+    return self.heads[name].losses(hidden, latents, key)
+
+  def draw(
+    self,
+    name: str,
+    hidden: Float[Array, "B D"],
+    null_hidden: Float[Array, "B D"] | None,
+    keys: Key[Array, " B"],
+    settings: SolverSettings,
+    progress: Float[Array, " B"] | None = None,
+  ) -> Float[Array, "B Z"]:
+    """A latent behind each hidden vector; arguments as the head's."""
+    return self.heads[name].draw(hidden, null_hidden, keys, settings, progress)
+
+  def stop_logits(self, name: str, hidden: Float[Array, "*B D"]) -> Float[Array, "*B"]:
+    """Log-odds that no latent follows, for modalities with `stop="classifier"`."""
+    return self.stops[name](hidden)
+
+  def normalize(self, name: str, latents: Float[Array, "... Z"]) -> Float[Array, "... Z"]:
+    """Latents as the model sees them."""
+    mean, std = self.normalizers[name]()
+    return (latents - mean) / std
+
+  def denormalize(self, name: str, latents: Float[Array, "... Z"]) -> Float[Array, "... Z"]:
+    """Latents as the tokenizer's decoder wants them."""
+    mean, std = self.normalizers[name]()
+    return latents * std + mean
+
+
+class Normalizer(nn.Module):
+  """Two numbers, measured once and kept with the parameters; no gradient reaches them.
+
+  Attributes:
+    mean: What they start from.
+    std: What they start from.
+  """
+
+  mean: float
+  std: float
+
+  @nn.compact
+  def __call__(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    values = [
+      self.param(name, nn.with_logical_partitioning(nn.initializers.constant(x), ()), ())
+      for name, x in (("mean", self.mean), ("std", self.std))
+    ]
+    mean, std = map(jax.lax.stop_gradient, values)
+    return mean, std
+
+
+class StopClassifier(nn.Module):
+  """A two-layer perceptron from a hidden vector to the log-odds that a run of latents is over.
+
+  Attributes:
+    shared: What it shares with the decoder.
+  """
+
+  shared: Shared
+
+  @nn.compact
+  def __call__(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B"]:
+    s = self.shared
+    x = Projection((s.embed_dim,), ("embed", "mlp"), s.init.mlp_in, s.dtype, name="in_proj")(hidden)
+    out = Projection((1,), ("mlp", None), s.init.mlp_out, jnp.float32, name="out_proj")
+    return out(nn.silu(x).astype(jnp.float32))[..., 0]
+
+
+NOT_TRAINED = r".*normalizers_.*"
+"""Paths of parameters that are measured."""
+
+
+def target_masks(config: LatentLMConfig, kinds: Int[Array, "B T"]) -> dict[str, Bool[Array, "B T"]]:
+  """By modality, where an item is one of its latents."""
+  return {m.name: kinds == i + 1 for i, m in enumerate(config.modalities)}
+
+
+def num_params(config: LatentLMConfig) -> dict[str, int]:
+  """Parameters: of `language` (embedding, decoder, softmax), `heads`, `inputs`, `total`."""
+  shapes = jax.eval_shape(LatentLM(config).init, jax.random.key(0), empty_items(config))
+  counts = dict.fromkeys(("language", "heads", "inputs"), 0)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(nn.unbox(shapes)["params"]):
+    name = path[0].key
+    if "normalizer" not in name:
+      group = "language" if name == "language" else "inputs" if "input" in name else "heads"
+      counts[group] += leaf.size
+  return counts | {"total": sum(counts.values())}
+
+
+def empty_items(config: LatentLMConfig, batch_size: int = 1, length: int = 2) -> Items:
+  """Items of zeros, of the right shapes."""
+  shape = (batch_size, length)
+  return Items(
+    tokens=jnp.zeros(shape, jnp.int32),
+    kinds=jnp.zeros(shape, jnp.int32),
+    latents={m.name: jnp.zeros((*shape, m.dim)) for m in config.modalities},
+  )

@@ -1,0 +1,290 @@
+"""Training of a LatentLM: cross-entropy of tokens and the heads' losses of latents.
+
+`L = L_LM + w L_latents` (https://arxiv.org/abs/2412.08635, section 3.2), each a mean over all
+targets of its kind in the step, however the batch was cut.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from latentlab.data import Data
+from latentlab.layers.diffusion_head import Diffusion, DiffusionHeadConfig
+from latentlab.layers.latent_heads import MixtureHeadConfig, RegressionHeadConfig
+from latentlab.models import flops_per_token, registry
+from latentlab.models.latentlm import (
+  NOT_TRAINED,
+  Items,
+  LatentLM,
+  LatentLMConfig,
+  ModalityConfig,
+  SpecialTokens,
+  empty_items,
+)
+from latentlab.ops.latents import Noise, to_sphere
+from latentlab.train import latents as latents_lib
+from latentlab.train import media_sample, optim
+from latentlab.train.state import axis_names
+from latentlab.train.task import Batch, Group, LossTerms
+from latentlab.typing import Array, Float, Key, Params
+
+HEADS = {
+  "diffusion": DiffusionHeadConfig,
+  "mixture": MixtureHeadConfig,
+  "regression": RegressionHeadConfig,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentLMTask:
+  """Next-item prediction over packed documents of tokens and latents.
+
+  Batches are those of `data.mixed`.
+
+  Attributes:
+    model: The model.
+    config: The experiment; reads `optimizer`, `train_steps`, `latents` and `data`.
+    noise: What was added to means when the tokenizer drew latents.
+  """
+
+  model: LatentLM
+  config: ml_collections.ConfigDict
+  noise: Noise
+
+  def init(self, key: Key[Array, ""]) -> Params:
+    return self.model.init(key, empty_items(self.model.config))["params"]
+
+  @functools.cached_property
+  def groups(self) -> tuple[Group, ...]:
+    axes = axis_names(jax.eval_shape(self.init, jax.random.key(0)))
+    schedule = optim.make_schedule(self.config.optimizer, self.config.train_steps)
+    optimizer = optim.make_optimizer(self.config.optimizer, axes)
+    trainable = tuple(f"(?!{NOT_TRAINED}){p}" for p in self.config.task.trainable)
+    return (Group("model", self.loss, optimizer, schedule, trainable, self.count),)
+
+  @property
+  def modality(self) -> ModalityConfig:
+    (modality,) = self.model.config.modalities
+    return modality
+
+  @property
+  def seq_length(self) -> int:
+    return self.config.data.seq_length
+
+  @property
+  def items_per_step(self) -> int:
+    return self.config.batch_size * self.seq_length
+
+  @property
+  def flops_per_item(self) -> float:
+    m, language = self.modality, self.model.config.language
+    width = language.decoder.embed_dim
+    if isinstance(m.head, DiffusionHeadConfig):
+      head = m.head.num_draws * m.head.flops_per_row(width, m.dim)
+    else:
+      head = 2 * m.head.num_params(width, m.dim)
+    return 3 * (flops_per_token(language, self.seq_length) + head)
+
+  @property
+  def scores_tokens(self) -> bool:
+    """Whether any target of the softmax is trained on."""
+    return not latents_lib.has_classes(self.config.data.condition) or self.modality.stop == "token"
+
+  def check_sample(self, data: Data) -> None:
+    media_sample.check(self.config, self, data)
+
+  def show_sample(self, params: Params, data: Data, workdir: pathlib.Path) -> None:
+    media_sample.show(self.config, self, params, data, workdir)
+
+  def count(self, batch: Batch) -> dict[str, Float[Array, ""]]:
+    counts = dict(tokens=batch["weights"].sum(), latents=(batch["next_kinds"] > 0).sum())
+    counts["stops"] = ((batch["modes"] > 0) & (batch["segment_ids"] > 0)).sum()
+    return {name: x.astype(jnp.float32) for name, x in counts.items()}
+
+  def loss(
+    self, params: Params, batch: Batch, key: Key[Array, ""], counts: Mapping[str, Array]
+  ) -> LossTerms:
+    c, m = self.config.latents, self.modality
+    noise_key, drop_key, head_key, dropout_key = jax.random.split(key, 4)
+    here, following = self.draw_latents(params, batch, noise_key)
+    tokens = batch["inputs"]
+    if c.prompt_dropout:
+      tokens = jnp.where(self._dropped(batch, drop_key), self.model.config.tokens.null, tokens)
+    items = Items(tokens, batch["kinds"], {m.name: here})
+    apply = functools.partial(self.model.apply, {"params": params})
+    hidden, _ = apply(
+      items,
+      segment_ids=batch["segment_ids"],
+      deterministic=False,
+      rngs={"dropout": dropout_key},
+      method="hidden",
+    )
+    sums = {"latents": self._latent_sum(apply, hidden, following, batch, head_key)}
+    parts, weights = dict(latents=c.loss_weight), dict(latents=batch["next_kinds"] > 0)
+    if self.scores_tokens:
+      nll = apply(hidden, batch["targets"], method="token_losses")
+      sums["tokens"] = jnp.where(batch["weights"] > 0, nll * batch["weights"], 0.0).sum()
+      parts["tokens"], weights["tokens"] = 1.0, batch["weights"]
+    if m.stop == "classifier":
+      sums["stops"] = self._stop_sum(apply, hidden, batch)
+      parts["stops"] = 1.0
+      weights["stops"] = (batch["modes"] > 0) & (batch["segment_ids"] > 0)
+    # A step without any target of a kind has nothing to divide by, and nothing to divide.
+    total = sum(parts[n] * sums[n] / jnp.maximum(counts[n], 1.0) for n in parts)
+    seen = {n: jnp.sum(weights[n].astype(jnp.float32)) for n in parts}
+    share = sum(seen.values()) / sum(counts[n] for n in parts)
+    names = dict(latents="latent_loss", tokens="token_loss", stops="stop_loss")
+    # Each a mean over its own targets; 0 of 0 where a step has none.
+    metrics = {names[n]: (sums[n], jnp.maximum(seen[n], 1e-30)) for n in parts}
+    return LossTerms(total=total, weight=share, metrics=metrics)
+
+  def draw_latents(
+    self, params: Params, batch: Batch, key: Key[Array, ""]
+  ) -> tuple[Float[Array, "B T Z"], Float[Array, "B T Z"]]:
+    """Normalised latents of the items that are read, and of those to be predicted.
+
+    An item that is both has the same noise in both places, and a document one scale, as an image or
+    clip has in its tokenizer.
+    """
+    name, noise = self.modality.name, self.noise
+    means = batch[f"latents/{name}"], batch[f"next_latents/{name}"]
+    scale_key, noise_key = jax.random.split(key)
+    (rows, length), dim = batch["inputs"].shape, self.modality.dim
+    draws = jax.random.normal(noise_key, (rows, length + 1, dim))
+    if noise.kind == "learned":
+      scales = batch[f"scales/{name}"], batch[f"next_scales/{name}"]
+    elif noise.kind == "gaussian_scale" and noise.per == "example":
+      of_documents = noise.draw_scales(scale_key, (rows, length + 1))
+      scale = jnp.take_along_axis(of_documents, batch["segment_ids"], axis=1)[..., None]
+      scales = scale, scale
+    elif noise.kind == "gaussian_scale":
+      scale = noise.draw_scales(scale_key, (rows, length + 1, 1))
+      scales = scale[:, :-1], scale[:, 1:]
+    else:
+      scales = noise.std, noise.std
+    noisy = [
+      mean + scale * drawn
+      for mean, scale, drawn in zip(means, scales, (draws[:, :-1], draws[:, 1:]), strict=True)
+    ]
+    if noise.on_sphere:
+      noisy = [to_sphere(x) for x in noisy]
+    sampled = (self.config.latents.input == "sample", self.config.latents.target == "sample")
+    chosen = [x if s else mean for x, s, mean in zip(noisy, sampled, means, strict=True)]
+    here, following = (
+      self.model.apply({"params": params}, name, x, method="normalize") for x in chosen
+    )
+    return here, following
+
+  def _dropped(self, batch: Batch, key: Key[Array, ""]) -> Array:
+    """Tokens of the prompts that are left out, each document's whole or not at all."""
+    shape = batch["inputs"].shape
+    drop = jax.random.bernoulli(key, self.config.latents.prompt_dropout, (shape[0], shape[1] + 1))
+    return jnp.take_along_axis(drop, batch["segment_ids"], axis=1) & batch["droppable"]
+
+  def _latent_sum(self, apply, hidden, following, batch: Batch, key) -> Float[Array, ""]:
+    """Summed losses of the latents to be predicted, for which alone the head is run."""
+    mask = batch["next_kinds"] > 0
+    capacity = self._capacity
+    if capacity < mask.shape[1]:
+      places = jnp.argsort(~mask, axis=1, stable=True)[:, :capacity]
+      mask = jnp.take_along_axis(mask, places, axis=1)
+      hidden = jnp.take_along_axis(hidden, places[..., None], axis=1)
+      following = jnp.take_along_axis(following, places[..., None], axis=1)
+    following = jnp.where(mask[..., None], following, 0.0)
+    losses = apply(self.modality.name, hidden, following, key, method="latent_losses")
+    return jnp.where(mask, losses, 0.0).sum()
+
+  @property
+  def _capacity(self) -> int:
+    """Latents that a row holds at most; all its places where that is not known."""
+    m, per_row = self.modality, self.config.data.documents_per_row
+    return m.num_latents * per_row if m.num_latents and per_row else self.seq_length
+
+  def _stop_sum(self, apply, hidden, batch: Batch) -> Float[Array, ""]:
+    log_odds = apply(self.modality.name, hidden, method="stop_logits")
+    over = batch["next_kinds"] == 0
+    losses = jnp.where(over, jax.nn.softplus(-log_odds), jax.nn.softplus(log_odds))
+    return jnp.where((batch["modes"] > 0) & (batch["segment_ids"] > 0), losses, 0.0).sum()
+
+
+def build(config: ml_collections.ConfigDict, summary: Mapping[str, Any]) -> LatentLMTask:
+  """The task that a config describes, given what its data is (`LatentData.summary`).
+
+  Raises:
+    ValueError: a field is unknown or bad.
+  """
+  c = config.latents
+  classes = latents_lib.has_classes(config.data.condition)
+  num_classes = (summary["num_classes"] if config.data.condition == "class" else 1) * classes
+  tokens = SpecialTokens(summary["text_vocab_size"], 1, num_classes)
+  language = registry.build_config(config.model.to_dict(), vocab_size=tokens.vocab_size)
+  modality = ModalityConfig(
+    config.data.modality,
+    summary["dim"],
+    build_head(c.head.to_dict()),
+    summary["num_latents"] if summary["equal_lengths"] else None,
+    c.stop,
+    summary["mean"],
+    summary["std"],
+  )
+  for name in ("input", "target"):
+    if c[name] not in ("sample", "mean"):
+      raise ValueError(f"config.latents.{name}={c[name]!r} must be 'sample' or 'mean'.")
+  if not 0 <= c.prompt_dropout < 1:
+    raise ValueError(f"config.latents.prompt_dropout={c.prompt_dropout} is not in [0, 1).")
+  if not c.loss_weight > 0:
+    raise ValueError(f"config.latents.loss_weight={c.loss_weight} must be positive.")
+  model = LatentLM(LatentLMConfig(language, (modality,), tokens.text_vocab_size, num_classes))
+  # What data were built with, where the config leaves it to them.
+  config = ml_collections.ConfigDict(config.to_dict())
+  config.data.seq_length = summary["seq_length"]
+  config.data.documents_per_row = summary["documents_per_row"]
+  return LatentLMTask(model, config, Noise(**summary["noise"]))
+
+
+def head_fields(kind: str) -> dict[str, type]:
+  """The fields of `config.latents.head` beside `kind`, and their types.
+
+  Raises:
+    ValueError: the kind is unknown.
+  """
+  if kind not in HEADS:
+    raise ValueError(
+      f"config.latents.head.kind={kind!r} is unknown; choose one of {sorted(HEADS)}."
+    )
+  owners = (HEADS[kind], Diffusion) if kind == "diffusion" else (HEADS[kind],)
+  hints = {name: t for owner in owners for name, t in typing.get_type_hints(owner).items()}
+  plain = {
+    n: next((k for k in (int, float, bool, str) if k in (t, *typing.get_args(t))), None)
+    for n, t in hints.items()
+  }
+  return {name: kind for name, kind in plain.items() if kind is not None}
+
+
+def build_head(fields: Mapping[str, Any]) -> Any:
+  """A head's configuration from `config.latents.head`, where `None` is a default.
+
+  Raises:
+    ValueError: a kind or field is unknown.
+  """
+  given = {name: x for name, x in fields.items() if x is not None}
+  kind = given.pop("kind", "diffusion")
+  known = head_fields(kind)
+  if unknown := sorted(set(given) - set(known)):
+    raise ValueError(
+      f"config.latents.head has fields that kind={kind!r} does not: {unknown}; choose among "
+      f"{sorted(known)}."
+    )
+  own = {f.name for f in dataclasses.fields(HEADS[kind])}
+  options = {name: x for name, x in given.items() if name in own}
+  if kind == "diffusion":
+    levels = {name: x for name, x in given.items() if name not in own}
+    options["diffusion"] = Diffusion(**levels)
+  return HEADS[kind](**options)

@@ -1,0 +1,183 @@
+"""Latents to train on: encoded once by a tokenizer of another run, found again by their digest."""
+
+import dataclasses
+import functools
+import logging
+import pathlib
+from collections.abc import Callable, Iterator
+
+import jax
+import ml_collections
+import numpy as np
+import tqdm
+
+from latentlab import data as data_lib
+from latentlab.data import latent_store, media, mixed
+from latentlab.data import prepare as prepare_text
+from latentlab.data.latent_store import LatentItem, LatentStore
+from latentlab.models.latent_tokenizer import LatentTokenizer
+from latentlab.models.latentlm import SpecialTokens
+from latentlab.train import checkpoint, tokenizer_task, workdir_files
+from latentlab.train.state import unbox
+from latentlab.typing import Params
+
+logger = logging.getLogger(__name__)
+
+TOKENIZER = "tokenizer"
+"""Where the tokenizer's run lies in the workdir of a run that trains its own."""
+
+
+def of_latents(config: ml_collections.ConfigDict) -> bool:
+  """Whether a run is trained on latents."""
+  return config.data.get("source") == "latents"
+
+
+def resolved(
+  config: ml_collections.ConfigDict, workdir: str | pathlib.Path
+) -> ml_collections.ConfigDict:
+  """The config of a run with its tokenizer's place filled in, where it trains its own."""
+  if not of_latents(config) or config.data.tokenizer_run:
+    return config
+  config = config.copy_and_resolve_references()
+  config.data.tokenizer_run = str(pathlib.Path(workdir).absolute() / TOKENIZER)
+  return config
+
+
+def needs_tokenizer(config: ml_collections.ConfigDict) -> bool:
+  """Whether the tokenizer of a run has still to be trained, from `config.tokenizer`."""
+  if not of_latents(config) or not config.get("tokenizer"):
+    return False
+  saved = pathlib.Path(config.data.tokenizer_run) / "checkpoints"
+  steps = [int(p.name) for p in saved.iterdir() if p.name.isdigit()] if saved.is_dir() else []
+  return max(steps, default=0) < config.tokenizer.train_steps
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedTokenizer:
+  """A trained tokenizer, on the devices of this process.
+
+  Attributes:
+    model: The tokenizer.
+    params: Its parameters, or their average where its run kept one.
+    batch_size: Of its run.
+  """
+
+  model: LatentTokenizer
+  params: Params
+  batch_size: int
+
+  @functools.cached_property
+  def decode(self) -> Callable[[np.ndarray], np.ndarray]:
+    """Media of latents `[B N Z]`."""
+    decode = jax.jit(lambda p, z: self.model.apply({"params": p}, z, method="decode"))
+    return lambda latents: np.asarray(decode(self.params, latents))
+
+  @functools.cached_property
+  def posterior(self) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray | None]]:
+    """Means of media, and log-variances where it has some."""
+    encode = jax.jit(lambda p, x: self.model.apply({"params": p}, x, method="posterior"))
+    return lambda media: jax.device_get(encode(self.params, media))
+
+
+@functools.lru_cache(maxsize=4)
+def load_tokenizer(run_dir: str) -> TrainedTokenizer:
+  """Restores the tokenizer of a run.
+
+  Raises:
+    ValueError: there is none.
+  """
+  config = workdir_files.read_config(run_dir)
+  if config.task.type != "latent_tokenizer":
+    raise ValueError(
+      f"data.tokenizer_run={run_dir!r} trained {config.task.type!r}, and no latent tokenizer."
+    )
+  task = tokenizer_task.build(config)
+  fresh = jax.jit(lambda key: unbox(task.init(key)))(jax.random.key(0))
+  params = checkpoint.restore_params(run_dir, fresh, average=True)
+  return TrainedTokenizer(task.model, params, config.batch_size)
+
+
+def build_data(config: ml_collections.ConfigDict) -> mixed.LatentData:
+  """The data of a run on latents, which are encoded where they are not at hand.
+
+  Args:
+    config: The experiment, `resolved`.
+
+  Raises:
+    ValueError: there is no tokenizer, or its latents and `config` do not fit.
+  """
+  c = mixed.LatentDataConfig.of(config.data.to_dict())
+  store = prepare(c)
+  text = data_lib.ByteTokenizer()
+  num_classes = 1 if c.condition == "none" else store.meta["num_classes"]
+  tokens = SpecialTokens(text.vocab_size, 1, num_classes if has_classes(c.condition) else 0)
+  place = jax.process_index(), jax.process_count()
+  return mixed.build(c, store, tokens, config.latents.stop, config.batch_size, *place)
+
+
+def has_classes(condition: str) -> bool:
+  """Whether documents begin with a class."""
+  return condition in ("class", "none")
+
+
+def prepare(config: mixed.LatentDataConfig) -> LatentStore:
+  """The latents of `config.media` under a tokenizer, encoded unless they have been.
+
+  Raises:
+    ValueError: there is no tokenizer, or it was trained on other media.
+  """
+  tokenizer = load_tokenizer(config.tokenizer_run)
+  c = tokenizer.model.config
+  found = media.build(config.media, tokenizer.batch_size)
+  shape = tuple(found.summary["shape"])
+  if shape != tuple(c.media_shape):
+    raise ValueError(
+      f"data.media has examples of shape {shape}, and the tokenizer of data.tokenizer_run="
+      f"{config.tokenizer_run!r} was trained on {tuple(c.media_shape)}; make them alike."
+    )
+  key = latent_store.digest(found.summary, _fingerprint(tokenizer))
+  path = prepare_text.cache_dir(config) / "latents" / key
+  if path.exists():
+    logger.info("Latents: %s.", path)
+    return latent_store.read(path)
+  corpus, split = found.summary["corpus"], found.splits["train"]
+  logger.info("Encoding %s by %s into %s.", corpus, config.tokenizer_run, path)
+  meta = dict(
+    key=key,
+    modality=config.modality,
+    dim=c.dim,
+    noise=dataclasses.asdict(c.noise),
+    num_latents=c.num_latents,
+    num_classes=split.num_classes,
+    class_names=list(split.class_names),
+    media_shape=list(shape),
+    corpus=corpus,
+    sample_rate=found.summary["sample_rate"],
+  )
+  items = {name: _encode(tokenizer, rows, name) for name, rows in found.splits.items()}
+  return latent_store.write(path, items, meta)
+
+
+def _fingerprint(tokenizer: TrainedTokenizer) -> str:
+  """Two runs of one tokenizer have other parameters and hence other latents."""
+  leaves = jax.tree.leaves(jax.device_get(tokenizer.params))
+  sums = [float(np.abs(np.asarray(x, np.float64)).sum()) for x in leaves]
+  return latent_store.digest(sums, repr(tokenizer.model.config))
+
+
+def _encode(tokenizer: TrainedTokenizer, rows: media.MediaRows, name: str) -> Iterator[LatentItem]:
+  size = tokenizer.batch_size
+  starts = range(0, rows.num_rows, size)
+  for start in tqdm.tqdm(starts, desc=f"encoding {name}", unit="batch", disable=None, leave=False):
+    batch = rows.rows(np.arange(start, start + size))
+    means, log_variances = tokenizer.posterior(batch["media"])
+    for j in range(min(size, rows.num_rows - start)):
+      used = means.shape[1]
+      if "lengths" in batch:  # The latents of padding stay out.
+        used = -(-int(batch["lengths"][j]) * used // batch["media"].shape[1])
+      yield LatentItem(
+        means[j, :used],
+        int(rows.labels[start + j]),
+        rows.captions[start + j],
+        None if log_variances is None else np.exp(0.5 * log_variances[j, :used]),
+      )

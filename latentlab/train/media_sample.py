@@ -1,0 +1,204 @@
+"""Media drawn by a trained LatentLM: prompts in, images or sounds and texts out."""
+
+import dataclasses
+import logging
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from latentlab import sample
+from latentlab.data import media_files
+from latentlab.data.mixed import LatentData
+from latentlab.layers.latent_heads import SolverSettings
+from latentlab.sample import latent
+from latentlab.train import latents as latents_lib
+from latentlab.typing import Array, Key, Params
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+  """What was drawn.
+
+  Attributes:
+    media: Images or sounds, one for each row.
+    latents: Their latents as the tokenizer has them.
+    lengths: Latents of each row.
+    texts: Text of each row.
+  """
+
+  media: list[np.ndarray]
+  latents: list[np.ndarray]
+  lengths: list[int]
+  texts: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Generator:
+  """A trained model with its tokenizer.
+
+  Attributes:
+    task: A `LatentLMTask`.
+    params: Parameters of its model.
+    data: Its data, of which prompts are made.
+    batch_size: Rows that are drawn at once.
+  """
+
+  task: Any
+  params: Params
+  data: LatentData
+  batch_size: int = 64
+
+  @property
+  def tokenizer(self) -> latents_lib.TrainedTokenizer:
+    return latents_lib.load_tokenizer(self.task.config.data.tokenizer_run)
+
+  def __call__(
+    self,
+    prompts: Sequence[np.ndarray],
+    settings: SolverSettings,
+    key: Key[Array, ""],
+    **options: Any,
+  ) -> Drawn:
+    """Draws a run of latents behind each prompt of tokens, and makes media of them.
+
+    Row `i` is drawn with a key of its own, whatever the batches.
+
+    Args:
+      prompts: Tokens; see `data.mixed.Documents.prompt`.
+      settings: How latents are drawn.
+      key: Random key.
+      **options: Of `sample.generate_items`.
+    """
+    model, m = self.task.model, self.task.modality
+    runs, texts = [], []
+    options = {"max_items": self.longest + 1} | options
+    keys = sample.row_keys(key, np.arange(len(prompts)))
+    for start in range(0, len(prompts), self.batch_size):
+      rows = list(prompts[start : start + self.batch_size])
+      count = len(rows)
+      rows += [rows[0]] * (min(self.batch_size, len(prompts)) - count)  # One program for all.
+      here = keys[np.minimum(np.arange(start, start + len(rows)), len(prompts) - 1)]
+      items = [latent.prompt_items(model.config, p) for p in rows]
+      drawn = latent.generate_items(
+        model, self.params, items, settings=settings, key=here, **options
+      )
+      runs += latent.drawn_latents(drawn, m.name)[:count]
+      tokens = latent.drawn_tokens(drawn)[:count]
+      text = self.data.tokenizer
+      texts += [text.decode(t[t < model.config.text_vocab_size]) for t in tokens]
+    runs = [self._denormalize(run) for run in runs]
+    return Drawn(self.decode(runs), runs, [len(run) for run in runs], texts)
+
+  @property
+  def longest(self) -> int:
+    """Latents of a run at most."""
+    return self.task.modality.num_latents or int(
+      max(split.lengths.max() for split in self.data.store.splits.values())
+    )
+
+  def decode(self, runs: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Media of runs of latents; those of short runs are cut accordingly."""
+    c = self.tokenizer.model.config
+    media: list[np.ndarray] = []
+    for start in range(0, len(runs), self.batch_size):
+      part = runs[start : start + self.batch_size]
+      padded = np.zeros((self.batch_size, c.num_latents, c.dim), np.float32)
+      for row, run in enumerate(part):
+        padded[row, : len(run)] = run[: c.num_latents]
+      for row, run in zip(self.tokenizer.decode(padded), part, strict=False):
+        media.append(row[: len(run) * row.shape[0] // c.num_latents] if row.ndim == 2 else row)
+    return media
+
+  def _denormalize(self, run: np.ndarray) -> np.ndarray:
+    args = (self.task.modality.name, run)
+    return np.asarray(
+      self.task.model.apply({"params": self.params}, *args, method="denormalize"), np.float32
+    )
+
+
+def settings(section: ml_collections.ConfigDict, where: str = "config.sample") -> SolverSettings:
+  """How latents are drawn, from `solver`, `num_steps`, `guidance` and `temperature`.
+
+  Raises:
+    ValueError: a value is bad.
+  """
+  try:
+    return SolverSettings(
+      guidance=float(section.guidance),
+      temperature=float(section.temperature),
+      solver=section.solver,
+      num_steps=section.num_steps,
+      guidance_kind=section.get("guidance_kind", "constant"),
+    )
+  except ValueError as e:
+    raise ValueError(f"{where}: {e}") from e
+
+
+def check(config: ml_collections.ConfigDict, task: Any, data: LatentData) -> None:
+  """Raises a `ValueError` where `config.sample` asks for what cannot be drawn."""
+  if config.sample.num_samples < 0:
+    raise ValueError(
+      f"config.sample.num_samples={config.sample.num_samples} must not be negative; 0 draws none."
+    )
+  settings(config.sample)
+
+
+def prompts_of(data: LatentData, count: int) -> tuple[list[np.ndarray], np.ndarray]:
+  """Prompts to draw from, and their classes: classes in turn, or captions of the held-out split."""
+  documents = data.documents
+  if documents.condition in ("class", "none"):
+    classes = np.arange(count) % documents.tokens.num_classes
+    return [documents.prompt(int(label)) for label in classes], classes
+  split = data.store.splits.get("validation", data.store.splits["train"])
+  chosen = np.arange(count) % len(split)
+  texts = [split.captions[i] if documents.condition != "caption" else "" for i in chosen]
+  return [documents.prompt(text=text) for text in texts], split.labels[chosen]
+
+
+def show(
+  config: ml_collections.ConfigDict,
+  task: Any,
+  params: Params,
+  data: LatentData,
+  workdir: pathlib.Path,
+) -> None:
+  """Writes a picture of images, or sounds, into the workdir's `samples/`."""
+  count = config.sample.num_samples
+  if not count:
+    return
+  if jax.process_count() > 1:
+    logger.info("No sample here, where a run has several hosts: use experiments.generate.")
+    return
+  generator = Generator(task, params, data, batch_size=min(count, 64))
+  prompts, _ = prompts_of(data, count)
+  drawn = generator(prompts, settings(config.sample), jax.random.key(config.seed))
+  paths = write(drawn.media, workdir / "samples", columns(data, count), data.summary["sample_rate"])
+  print("\nSamples: " + " ".join(str(p.relative_to(workdir)) for p in paths))
+
+
+def columns(data: LatentData, count: int) -> int:
+  """Images side by side: one of each class, where there are classes."""
+  tokens = data.documents.tokens
+  return min(tokens.num_classes if tokens.num_classes > 1 else 8, count)
+
+
+def write(
+  media: Sequence[np.ndarray], folder: pathlib.Path, columns: int, sample_rate: int = 0
+) -> list[pathlib.Path]:
+  """Writes images as one picture, sounds as a file each; returns what was written."""
+  if media[0].ndim == 3:
+    path = folder / "images.png"
+    # What is a few pixels wide is drawn large.
+    scale = max(1, 48 // media[0].shape[0])
+    media_files.write_png(path, np.stack(media), columns=columns, scale=scale)
+    return [path]
+  paths = [folder / f"{i}.wav" for i in range(len(media))]
+  for path, sound in zip(paths, media, strict=True):
+    media_files.write_wav(path, sound, sample_rate)
+  return paths

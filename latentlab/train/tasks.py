@@ -1,0 +1,36 @@
+"""Tasks by name, as `config.task.type` has them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from latentlab.train import latent_task, tokenizer_task
+from latentlab.train.task import RunTask, build_language_model
+
+TASKS = {
+  "language_model": lambda config, vocab_size, _: build_language_model(config, vocab_size),
+  "latent_tokenizer": lambda config, _, __: tokenizer_task.build(config),
+  "latentlm": lambda config, _, summary: latent_task.build(config, summary),
+}
+
+
+def build_task(
+  config: ml_collections.ConfigDict,
+  vocab_size: int,
+  summary: Mapping[str, Any] | None = None,
+) -> RunTask:
+  """Builds the task that `config.task.type` names.
+
+  Args:
+    config: The experiment.
+    vocab_size: Tokens of the data's tokenizer.
+    summary: What the data is, as the run's `corpus.json` has it; tasks on latents need it.
+
+  Raises:
+    ValueError: the name is unknown, or a field is bad.
+  """
+  name = config.get("task", {}).get("type", "language_model")
+  if name not in TASKS:
+    raise ValueError(f"config.task.type={name!r} is not a task; choose from {sorted(TASKS)}.")
+  return TASKS[name](config, vocab_size, summary or {})
