@@ -18,6 +18,7 @@ from latentlab.eval import (
   needles,
   ngram,
   perplexity,
+  reconstruction,
 )
 from latentlab.typing import Params
 
@@ -29,6 +30,7 @@ EVALUATORS = {
   "needles": needles,
   "ngram": ngram,
   "perplexity": perplexity,
+  "reconstruction": reconstruction,
 }
 
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]

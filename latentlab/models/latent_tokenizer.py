@@ -220,7 +220,6 @@ class LatentTokenizer(nn.Module):
     self, media: Float[Array, "B ..."]
   ) -> tuple[Float[Array, "B N Z"], Float[Array, "B N Z"] | None]:
     """Means, and log-variances where the encoder predicts them."""
-    c = self.config
     self._check(media.shape)
     return self._bottleneck(self.encoder(media))
 
@@ -283,8 +282,8 @@ class LatentTokenizer(nn.Module):
       body.check_length(shape[1])
     elif shape[1:] != expected:
       raise ValueError(
-        f"media of shape {shape[1:]} do not fit a tokenizer of {expected}; set config.model's sizes "
-        "to those of the data"
+        f"media of shape {shape[1:]} do not fit a tokenizer of {expected}; set config.model's "
+        "sizes to those of the data"
       )
 
   def _check_vq(self, what: str) -> None:
@@ -350,7 +349,9 @@ BODIES = {"vit_tokenizer": vit_body, "conv_tokenizer": conv_body, "speech_tokeni
 
 
 def fields(name: str) -> dict[str, tuple[type, Any]]:
-  """Type and default of each field of `config.model`; `None` is one that must be given, or worked out.
+  """Type and default of each field of `config.model`.
+
+  A default of `None` means that the field must be given, or that the tokenizer works it out.
 
   Raises:
     ValueError: the name is unknown.

@@ -39,7 +39,7 @@ def fields(name: str) -> dict[str, tuple[type, Any]]:
 
 
 def keyword_fields(*functions: Callable[..., Any]) -> dict[str, tuple[type, Any]]:
-  """Type and default of each keyword of functions that make configurations, the last one's first."""
+  """Type and default of each keyword of functions that make configurations; the last one wins."""
   found = {}
   for function in functions:
     for field, parameter in inspect.signature(function).parameters.items():

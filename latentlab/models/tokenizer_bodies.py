@@ -372,8 +372,8 @@ class SpeechBody:
     """Raises `ValueError` where samples make no whole number of latents."""
     if num_samples < 1 or num_samples % self.hop:
       raise ValueError(
-        f"{num_samples} samples are no multiple of {self.hop}, the samples of a latent (the product "
-        f"of strides={self.strides}); cut the sound, or fill it up with zeros"
+        f"{num_samples} samples are no multiple of {self.hop}, those of a latent (the product of "
+        f"strides={self.strides}); cut the sound, or fill it up with zeros"
       )
 
   @property

@@ -52,6 +52,13 @@ from latentlab.ops.latents import (
   weighted_std,
 )
 from latentlab.ops.losses import cross_entropy
+from latentlab.ops.media_losses import (
+  hinge_fooled,
+  hinge_real_fake,
+  magnitudes,
+  perceptual_distance,
+  spectral_distance,
+)
 from latentlab.ops.positions import (
   alibi_slopes,
   apply_rope,
@@ -105,13 +112,17 @@ __all__ = [
   "gaussian_kl",
   "guidance_scale",
   "guide",
+  "hinge_fooled",
+  "hinge_real_fake",
   "linear_recurrence",
   "log_decay_rates",
   "long_convolution",
+  "magnitudes",
   "min_snr_weight",
   "multistep_table",
   "nearest_codes",
   "parallel_row_scale",
+  "perceptual_distance",
   "predicted_clean",
   "predicted_noise",
   "prediction_target",
@@ -127,6 +138,7 @@ __all__ = [
   "short_convolution",
   "sinusoidal",
   "solver_table",
+  "spectral_distance",
   "state_space_attention",
   "straight_through",
   "to_sphere",

@@ -47,11 +47,16 @@ class Noise:
     if not imposed and self.std:
       raise ValueError(f"std={self.std} means nothing to {self.kind!r} noise; set it to 0")
 
-  def level(self, log_variances: Float[Array, "B ... Z"] | None = None) -> Float[Array, ""]:
+  def level(
+    self,
+    log_variances: Float[Array, "B N Z"] | None = None,
+    weights: Float[Array, "B N"] | None = None,
+  ) -> Float[Array, ""]:
     """Mean size of the scale: `std`, or that of the encoder's standard deviations."""
-    if self.kind == "learned":
-      return jnp.exp(0.5 * log_variances.astype(jnp.float32)).mean()
-    return jnp.float32(self.std)
+    if self.kind != "learned":
+      return jnp.float32(self.std)
+    stds = jnp.exp(0.5 * log_variances.astype(jnp.float32)).mean(-1)
+    return jnp.average(stds, weights=weights)
 
   def draw_scales(self, key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Array, "..."]:
     """Scales of `gaussian_scale` noise, one for each that `per` names."""
@@ -77,8 +82,8 @@ def sample_latents(
   """
   if (log_variances is not None) != (noise.kind == "learned"):
     raise ValueError(
-      f"noise of kind {noise.kind!r} got log_variances={log_variances is not None}; 'learned' noise "
-      "needs those of the encoder, and no other has any"
+      f"{noise.kind!r} noise got log_variances={log_variances is not None}; 'learned' noise needs "
+      "the encoder's, and no other has any"
     )
   means = means.astype(jnp.float32)
   if noise.kind == "none":
