@@ -21,6 +21,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from latentlab.data import media as media_lib
 from latentlab.data import tokenizers
 from latentlab.data.batches import Batch, Data, epoch_seed
 from latentlab.data.latent_store import LatentItem, LatentSplit, LatentStore
@@ -257,6 +258,11 @@ class LatentData(Data):
   config: Any
   store: LatentStore
   documents: Documents
+
+  @functools.cached_property
+  def media(self) -> media_lib.MediaData:
+    """What the latents were made of."""
+    return media_lib.build(self.config.media, 1)
 
 
 def build(

@@ -33,7 +33,7 @@ from latentlab.train import latents as latents_lib
 from latentlab.train import media_sample, optim
 from latentlab.train.state import axis_names
 from latentlab.train.task import Batch, Group, LossTerms
-from latentlab.typing import Array, Float, Key, Params
+from latentlab.typing import Array, Bool, Float, Key, Params
 
 HEADS = {
   "diffusion": DiffusionHeadConfig,
@@ -97,6 +97,10 @@ class LatentLMTask:
     """Whether any target of the softmax is trained on."""
     return not latents_lib.has_classes(self.config.data.condition) or self.modality.stop == "token"
 
+  def generator(self, params: Params, data: Data) -> media_sample.Generator:
+    """Draws from the model with these parameters."""
+    return media_sample.Generator(self, params, data)
+
   def check_sample(self, data: Data) -> None:
     media_sample.check(self.config, self, data)
 
@@ -105,45 +109,56 @@ class LatentLMTask:
 
   def count(self, batch: Batch) -> dict[str, Float[Array, ""]]:
     counts = dict(tokens=batch["weights"].sum(), latents=(batch["next_kinds"] > 0).sum())
-    counts["stops"] = ((batch["modes"] > 0) & (batch["segment_ids"] > 0)).sum()
+    counts["stops"] = _asks_for_stop(batch).sum()
     return {name: x.astype(jnp.float32) for name, x in counts.items()}
 
   def loss(
     self, params: Params, batch: Batch, key: Key[Array, ""], counts: Mapping[str, Array]
   ) -> LossTerms:
-    c, m = self.config.latents, self.modality
+    sums, weights = self.sums(params, batch, key)
+    scales = dict(latents=self.config.latents.loss_weight)
+    # A step without any target of a kind has nothing to divide by, and nothing to divide.
+    total = sum(scales.get(n, 1.0) * sums[n] / jnp.maximum(counts[n], 1.0) for n in sums)
+    share = sum(weights.values()) / sum(counts[n] for n in sums)
+    names = dict(latents="latent_loss", tokens="token_loss", stops="stop_loss")
+    metrics = {names[n]: (sums[n], jnp.maximum(weights[n], 1e-30)) for n in sums}
+    return LossTerms(total=total, weight=share, metrics=metrics)
+
+  def sums(
+    self, params: Params, batch: Batch, key: Key[Array, ""], *, deterministic: bool = False
+  ) -> tuple[dict[str, Float[Array, ""]], dict[str, Float[Array, ""]]]:
+    """Summed losses of `latents`, and of `tokens` and `stops` where there are any; their counts.
+
+    Args:
+      params: Parameters.
+      batch: Of `data.mixed`.
+      key: Of the latents' noise, of the heads' draws, and of what training drops.
+      deterministic: Whether nothing is dropped.
+    """
+    m = self.modality
     noise_key, drop_key, head_key, dropout_key = jax.random.split(key, 4)
     here, following = self.draw_latents(params, batch, noise_key)
     tokens = batch["inputs"]
-    if c.prompt_dropout:
+    if self.config.latents.prompt_dropout and not deterministic:
       tokens = jnp.where(self._dropped(batch, drop_key), self.model.config.tokens.null, tokens)
-    items = Items(tokens, batch["kinds"], {m.name: here})
     apply = functools.partial(self.model.apply, {"params": params})
     hidden, _ = apply(
-      items,
+      Items(tokens, batch["kinds"], {m.name: here}),
       segment_ids=batch["segment_ids"],
-      deterministic=False,
+      deterministic=deterministic,
       rngs={"dropout": dropout_key},
       method="hidden",
     )
     sums = {"latents": self._latent_sum(apply, hidden, following, batch, head_key)}
-    parts, weights = dict(latents=c.loss_weight), dict(latents=batch["next_kinds"] > 0)
+    weights = {"latents": batch["next_kinds"] > 0}
     if self.scores_tokens:
       nll = apply(hidden, batch["targets"], method="token_losses")
-      sums["tokens"] = jnp.where(batch["weights"] > 0, nll * batch["weights"], 0.0).sum()
-      parts["tokens"], weights["tokens"] = 1.0, batch["weights"]
+      weights["tokens"] = batch["weights"]
+      sums["tokens"] = jnp.where(weights["tokens"] > 0, nll * weights["tokens"], 0.0).sum()
     if m.stop == "classifier":
       sums["stops"] = self._stop_sum(apply, hidden, batch)
-      parts["stops"] = 1.0
-      weights["stops"] = (batch["modes"] > 0) & (batch["segment_ids"] > 0)
-    # A step without any target of a kind has nothing to divide by, and nothing to divide.
-    total = sum(parts[n] * sums[n] / jnp.maximum(counts[n], 1.0) for n in parts)
-    seen = {n: jnp.sum(weights[n].astype(jnp.float32)) for n in parts}
-    share = sum(seen.values()) / sum(counts[n] for n in parts)
-    names = dict(latents="latent_loss", tokens="token_loss", stops="stop_loss")
-    # Each a mean over its own targets; 0 of 0 where a step has none.
-    metrics = {names[n]: (sums[n], jnp.maximum(seen[n], 1e-30)) for n in parts}
-    return LossTerms(total=total, weight=share, metrics=metrics)
+      weights["stops"] = _asks_for_stop(batch)
+    return sums, {name: x.astype(jnp.float32).sum() for name, x in weights.items()}
 
   def draw_latents(
     self, params: Params, batch: Batch, key: Key[Array, ""]
@@ -211,7 +226,12 @@ class LatentLMTask:
     log_odds = apply(self.modality.name, hidden, method="stop_logits")
     over = batch["next_kinds"] == 0
     losses = jnp.where(over, jax.nn.softplus(-log_odds), jax.nn.softplus(log_odds))
-    return jnp.where((batch["modes"] > 0) & (batch["segment_ids"] > 0), losses, 0.0).sum()
+    return jnp.where(_asks_for_stop(batch), losses, 0.0).sum()
+
+
+def _asks_for_stop(batch: Batch) -> Bool[Array, "B T"]:
+  """Places behind which a latent may come, or not."""
+  return (batch["modes"] > 0) & (batch["segment_ids"] > 0)
 
 
 def build(config: ml_collections.ConfigDict, summary: Mapping[str, Any]) -> LatentLMTask:

@@ -95,6 +95,17 @@ class Generator:
     runs = [self._denormalize(run) for run in runs]
     return Drawn(self.decode(runs), runs, [len(run) for run in runs], texts)
 
+  def prompts(self, count: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """Prompts, and their classes: classes in turn, or captions of the held-out split."""
+    documents, store = self.data.documents, self.data.store
+    if documents.condition in ("class", "none"):
+      classes = np.arange(count) % documents.tokens.num_classes
+      return [documents.prompt(int(label)) for label in classes], classes
+    split = store.splits.get("validation", store.splits["train"])
+    chosen = np.arange(count) % len(split)
+    texts = [split.captions[i] if documents.condition != "caption" else "" for i in chosen]
+    return [documents.prompt(text=text) for text in texts], split.labels[chosen]
+
   @property
   def longest(self) -> int:
     """Latents of a run at most."""
@@ -149,18 +160,6 @@ def check(config: ml_collections.ConfigDict, task: Any, data: LatentData) -> Non
   settings(config.sample)
 
 
-def prompts_of(data: LatentData, count: int) -> tuple[list[np.ndarray], np.ndarray]:
-  """Prompts to draw from, and their classes: classes in turn, or captions of the held-out split."""
-  documents = data.documents
-  if documents.condition in ("class", "none"):
-    classes = np.arange(count) % documents.tokens.num_classes
-    return [documents.prompt(int(label)) for label in classes], classes
-  split = data.store.splits.get("validation", data.store.splits["train"])
-  chosen = np.arange(count) % len(split)
-  texts = [split.captions[i] if documents.condition != "caption" else "" for i in chosen]
-  return [documents.prompt(text=text) for text in texts], split.labels[chosen]
-
-
 def show(
   config: ml_collections.ConfigDict,
   task: Any,
@@ -176,7 +175,7 @@ def show(
     logger.info("No sample here, where a run has several hosts: use experiments.generate.")
     return
   generator = Generator(task, params, data, batch_size=min(count, 64))
-  prompts, _ = prompts_of(data, count)
+  prompts, _ = generator.prompts(count)
   drawn = generator(prompts, settings(config.sample), jax.random.key(config.seed))
   paths = write(drawn.media, workdir / "samples", columns(data, count), data.summary["sample_rate"])
   print("\nSamples: " + " ".join(str(p.relative_to(workdir)) for p in paths))

@@ -76,7 +76,33 @@ def latentlm(
   c.tokenizer = ml_collections.ConfigDict() if tokenizer is None else tokenizer
   c.optimizer.update(peak_lr=2e-3, weight_decay=0.01, ema_decay=0.999, warmup_steps=100)
   c.batch_size = 64
+  c.evals.validation = dict(type="items", split="validation", every_steps=500, max_batches=0)
   return common.lock(c)
+
+
+def generation(every_steps: int, **values: Any) -> dict[str, Any]:
+  """An evaluation of samples, with every field that it has."""
+  fields = dict(num_samples=500, features="classifier", split="train", reconstruction=False, seed=0)
+  solver = dict(solver="dpm_2m", num_steps=20, guidance=1.0, temperature=1.0)
+  return dict(type="generation", every_steps=every_steps) | fields | solver | values
+
+
+def smoke(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """Shrinks a LatentLM's run, its tokenizer's included, to seconds on a CPU."""
+  if c.tokenizer:
+    smoke_tokenizer(c.tokenizer)
+    c.data.media = c.tokenizer.data.copy_and_resolve_references()
+  sizes = dict(num_layers=1, embed_dim=32, num_heads=2)
+  c.model.update({field: size for field, size in sizes.items() if field in c.model})
+  c.latents.head.update({"depth": 1} if "depth" in c.latents.head else {})
+  c.batch_size = 8
+  c.optimizer.warmup_steps = 2
+  c.train_steps, c.log_steps, c.checkpoint_steps = 8, 2, 4
+  for evaluation in c.evals.values():
+    small = dict(num_samples=10, num_steps=2) if evaluation.type == "generation" else {}
+    evaluation.update(every_steps=4, **(small or dict(max_batches=2)))
+  c.sample.update(num_samples=min(c.sample.num_samples, 4), num_steps=2)
+  return c
 
 
 _SMOKE = {
