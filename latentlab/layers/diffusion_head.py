@@ -229,7 +229,8 @@ class DiffusionHead(nn.Module):
         costs half.
       keys: One for each row, which depends on no other row.
       settings: The solver, and the guidance.
-      progress: Share of a row's latents drawn already, for `settings.guidance_kind="linear"`.
+      progress: Share of a row's latents that are drawn once this one is, for
+        `settings.guidance_kind="linear"`.
 
     Raises:
       ValueError: the solver is not of this schedule, or guidance asks for `progress`.

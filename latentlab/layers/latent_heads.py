@@ -29,7 +29,7 @@ class SolverSettings:
     solver: One of `ops.SOLVERS`.
     num_steps: Steps of the solver.
     lambda_min: Leaves out levels below this log-ratio; see `ops.sample_grid`.
-    guidance_kind: `constant`, or `linear` in the share of a sequence drawn already.
+    guidance_kind: `constant`, or `linear` in the share of a sequence that is drawn.
     guidance_interval: Levels, as `sigma`, at which guidance is on.
   """
 
@@ -212,27 +212,12 @@ class MixtureHead(nn.Module):
     stds = c.min_std + nn.softplus(project(c.num_components, self.dim, name="std_proj"))
     return nn.log_softmax(logits), means, stds
 
-  def log_prob(
-    self,
-    parameters: tuple[
-      Float[Array, "*B components"],
-      Float[Array, "*B components Z"],
-      Float[Array, "*B components Z"],
-    ],
-    latents: Float[Array, "*B Z"],
-  ) -> Float[Array, "*B"]:
-    """Log-density of latents, a sum over channels."""
-    log_weights, means, stds = parameters
-    scaled = (latents[..., None, :] - means) / stds
-    terms = -0.5 * jnp.square(scaled) - jnp.log(stds) - 0.5 * jnp.log(2 * jnp.pi)
-    return jax.nn.logsumexp(log_weights + terms.sum(-1), axis=-1)
-
   def losses(
     self, hidden: Float[Array, "*B D"], latents: Float[Array, "*B Z"], key: Key[Array, ""]
   ) -> Float[Array, "*B"]:
     """Negative log-likelihood in nats per channel."""
     del key
-    return -self.log_prob(self(hidden), latents.astype(jnp.float32)) / self.dim
+    return -mixture_log_prob(self(hidden), latents.astype(jnp.float32)) / self.dim
 
   def draw(
     self,
@@ -253,9 +238,8 @@ class MixtureHead(nn.Module):
       return candidates[:, 0]
     count = self.config.num_candidates
     candidates = self._candidates(parameters, keys, settings.temperature, count)
-    wide = lambda p: jax.tree.map(lambda x: x[:, None], p)
-    ratio = self.log_prob(wide(parameters), candidates)
-    ratio = ratio - self.log_prob(wide(self(null_hidden)), candidates)
+    density = jax.vmap(jax.vmap(mixture_log_prob, in_axes=(None, 0)))
+    ratio = density(parameters, candidates) - density(self(null_hidden), candidates)
     scale = jnp.broadcast_to(settings.scale(progress), hidden.shape[:1])
     keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
     chosen = jax.vmap(jax.random.categorical)(keys, (scale[:, None] - 1) * ratio)
@@ -269,6 +253,19 @@ class MixtureHead(nn.Module):
       return means[which] + temperature * stds[which] * normal
 
     return jax.vmap(row)(keys, *parameters)
+
+
+def mixture_log_prob(
+  parameters: tuple[
+    Float[Array, "*B components"], Float[Array, "*B components Z"], Float[Array, "*B components Z"]
+  ],
+  latents: Float[Array, "*B Z"],
+) -> Float[Array, "*B"]:
+  """Log-density of latents, a sum over channels; parameters as `MixtureHead` gives them."""
+  log_weights, means, stds = parameters
+  scaled = (latents[..., None, :] - means) / stds
+  terms = -0.5 * jnp.square(scaled) - jnp.log(stds) - 0.5 * jnp.log(2 * jnp.pi)
+  return jax.nn.logsumexp(log_weights + terms.sum(-1), axis=-1)
 
 
 class _Trunk(nn.Module):

@@ -256,8 +256,8 @@ def guidance_scale(
 
   Args:
     scale: The scale asked for; 1 guides nothing, 0 leaves the condition out.
-    kind: `constant`, or `linear`: from 1 at the first latent of a sequence on (MAR's).
-    progress: Share of a row's latents drawn already, which `linear` asks for.
+    kind: `constant`, or `linear`: from 1 up to the scale at a sequence's last latent (MAR's).
+    progress: Share of a row's latents that are drawn once this one is, which `linear` asks for.
 
   Raises:
     ValueError: the kind is unknown, or `linear` knows no progress.
@@ -267,7 +267,7 @@ def guidance_scale(
   if kind != "linear":
     raise ValueError(f"unknown guidance {kind=}; choose one of {GUIDANCE_KINDS}")
   if progress is None:
-    raise ValueError("guidance kind='linear' needs progress, the share of latents drawn already")
+    raise ValueError("guidance kind='linear' needs progress, the share of latents drawn")
   return 1 + (jnp.asarray(scale, jnp.float32) - 1) * progress
 
 
