@@ -28,8 +28,11 @@ _ALLOWED["app"] |= {"data", "eval"}
 _ALLOWED["experiments"] |= {"data", "eval", "horae", "interop"}
 _OPTIONAL = {
   "huggingface_hub",
+  "jiwer",
   "pyarrow",
+  "pystoi",
   "safetensors",
+  "sklearn",
   "tensorboardX",
   "torch",
   "transformers",

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from latentlab.data import batches, media
+from latentlab.data import batches, media, prepare
 from latentlab.data.batches import Batch, Data
 from latentlab.data.media import MediaConfig, MediaData, MediaRows
 from latentlab.data.packing import pack
@@ -45,6 +45,9 @@ def build(
   Raises:
     ValueError: the data, or their fit with the fields, are bad.
   """
-  source = data_config.get("source") if isinstance(data_config, Mapping) else data_config.source
+  config = data_config if isinstance(data_config, Mapping) else vars(data_config)
+  source = config.get("source", DataConfig.source)
+  if source not in (known := (*prepare.SOURCES, *media.SOURCES)):
+    raise ValueError(f"data.source={source!r} is unknown; choose from {known}.")
   made_of = media if source in media.SOURCES else batches
   return made_of.build(data_config, batch_size, process_index, process_count)

@@ -120,6 +120,12 @@ def build(
   return Features(name, shape, extract)
 
 
+def spectrogram_options(sample_rate: int) -> dict[str, int]:
+  """Options of `metrics.log_mel` for any sample rate: windows of 25 to 50 ms."""
+  window = 1 << int(np.ceil(np.log2(sample_rate * _WINDOW_SECONDS)))
+  return dict(num_mels=_NUM_MELS, window=window, hop=window // 2)
+
+
 class _Classifier(nn.Module):
   """Convolutions down to four pixels a side, a hidden layer, and classes."""
 
@@ -150,8 +156,7 @@ def _preprocessing(rows: MediaRows) -> Callable[[np.ndarray], np.ndarray]:
   rate = rows.collection.sample_rate
   if not rate:
     raise ValueError("features of sounds need their sample rate; set data.sample_rate.")
-  window = 1 << int(np.ceil(np.log2(rate * _WINDOW_SECONDS)))
-  options = dict(num_mels=_NUM_MELS, window=window, hop=window // 2)
+  options = spectrogram_options(rate)
 
   def spectrograms(media: np.ndarray) -> np.ndarray:
     bands = [metrics.log_mel(sound[:, 0], rate, **options) for sound in media]

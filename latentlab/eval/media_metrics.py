@@ -1,10 +1,10 @@
-"""Generated media beside real ones: distance of the distributions, quality, variety, class."""
+"""Media made by a model beside real ones: those it drew, and those it was to reconstruct."""
 
 import numpy as np
 
-from latentlab.data import MediaRows
+from latentlab.data import Batch, MediaRows
 from latentlab.eval import metrics
-from latentlab.eval.features import Extracted, Features
+from latentlab.eval.features import Extracted, Features, spectrogram_options
 from latentlab.typing import Float, Int
 
 
@@ -51,3 +51,67 @@ def generation_metrics(
     right = found.probabilities.argmax(1) == asked
     out["agreement"] = float(right[asked >= 0].mean())
   return out
+
+
+def reconstruction_metrics(
+  reconstructions: Float[np.ndarray, "n ..."],
+  reference: MediaRows,
+  features: Features | None = None,
+  *,
+  intelligibility: bool = False,
+) -> dict[str, float]:
+  """Compares reconstructions with the first rows of a split, of which they were made.
+
+  Args:
+    reconstructions: Media in [-1, 1], in the split's order; what lies behind a sound's end is not
+      looked at.
+    reference: The split.
+    features: What the Fréchet distance of both sets belongs to; none is measured if `None`.
+    intelligibility: Also measure STOI of sounds, which needs the package pystoi.
+
+  Returns:
+    Means over media: of images `mse`, `psnr` and `ssim`; of sounds `mse`, `mel_distance` and, if
+    asked for, `stoi`. With features, `frechet`.
+  """
+  count = len(reconstructions)
+  if not 1 <= count <= reference.num_rows:
+    raise ValueError(
+      f"{count} reconstructions do not fit a split of {reference.num_rows}; give those of its "
+      "first rows."
+    )
+  real = reference.rows(np.arange(count))
+  if reconstructions.shape != real["media"].shape:
+    raise ValueError(
+      f"reconstructions of shape {reconstructions.shape} must be {real['media'].shape}, as the "
+      "split's rows."
+    )
+  if reference.collection.kind == "image":
+    if intelligibility:
+      raise ValueError("intelligibility is of sounds, and these are images; leave it out.")
+    pair = (reconstructions, real["media"])
+    window = min(11, *(side - 1 + side % 2 for side in real["media"].shape[1:3]))
+    each = {"mse": metrics.mse(*pair), "psnr": metrics.psnr(*pair)}
+    each["ssim"] = metrics.ssim(*pair, window=window)
+  else:
+    each = _sound_metrics(reconstructions, real, reference.collection.sample_rate, intelligibility)
+  out = {name: float(np.mean(values)) for name, values in each.items()}
+  if features is not None:
+    sets = (features(media).features for media in (reconstructions, real["media"]))
+    out["frechet"] = metrics.frechet_distance(*(metrics.Moments.of(x) for x in sets))
+  return out
+
+
+def _sound_metrics(
+  sounds: np.ndarray, real: Batch, sample_rate: int, intelligibility: bool
+) -> dict[str, list[float]]:
+  if not sample_rate:
+    raise ValueError("metrics of sounds need their sample rate; set data.sample_rate.")
+  options = spectrogram_options(sample_rate)
+  each = {"mse": [], "mel_distance": []} | ({"stoi": []} if intelligibility else {})
+  for sound, other, length in zip(sounds, real["media"], real["lengths"], strict=True):
+    sound, other = sound[:length, 0], other[:length, 0]
+    each["mse"].append(np.square(sound.astype(np.float64) - other).mean())
+    each["mel_distance"].append(metrics.mel_distance(sound, other, sample_rate, **options))
+    if intelligibility:
+      each["stoi"].append(metrics.stoi(sound, other, sample_rate))
+  return each

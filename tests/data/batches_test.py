@@ -458,7 +458,7 @@ def test_bad_fields(fields, tmp_path):
     data.build(SYNTHETIC | {"task": "sort"}, 4)
   with pytest.raises(ValueError, match="data.tokenizer='bpe'"):
     data.build(SYNTHETIC | {"tokenizer": "bpe"}, 4)
-  with pytest.raises(ValueError, match="data.seq_length=4 is too short"):
+  with pytest.raises(ValueError, match="seq_length=4 of config.data is too short"):
     data.build(SYNTHETIC | {"seq_length": 4}, 4)
   with pytest.raises(ValueError, match="has no raw bytes"):
     data.build(SYNTHETIC, 4).raw_bytes("train")

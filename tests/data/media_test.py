@@ -156,6 +156,8 @@ def test_bad_requests():
     data.build(DIGITS, 8, 2, 2)
   with pytest.raises(ValueError, match="is unknown"):
     media.MediaConfig.of(dict(source="photographs"))
+  with pytest.raises(ValueError, match="'photographs' is unknown.*'synthetic', 'digits'"):
+    data.build(dict(source="photographs"), 8)
 
 
 def test_class_captions_and_channels():

@@ -7,7 +7,7 @@ from latentlab import data
 from latentlab.data import media
 from latentlab.eval import features as features_lib
 from latentlab.eval import metrics
-from latentlab.eval.generation_metrics import generation_metrics
+from latentlab.eval.media_metrics import generation_metrics, reconstruction_metrics
 
 pytest.importorskip("sklearn")
 
@@ -105,6 +105,57 @@ def test_sounds_are_seen_as_spectrograms():
   unknown = media.build_arrays(sounds, batch_size=2).splits["train"]
   with pytest.raises(ValueError, match="set data.sample_rate"):
     features_lib.build("pixels", unknown)
+
+
+def test_reconstructions_of_images(digits, classifier):
+  rows = digits.splits["validation"]
+  real = rows.rows(np.arange(100))["media"]
+  off = real + 0.1 * np.random.default_rng(0).normal(size=real.shape).astype(np.float32)
+  got = reconstruction_metrics(off, rows, classifier)
+  want = {
+    "mse": np.square(off - real).mean(),
+    "psnr": metrics.psnr(off, real).mean(),
+    "ssim": metrics.ssim(off, real, window=7).mean(),
+  }
+  distance = got.pop("frechet")
+  assert got == pytest.approx(want) and distance > 0
+  same = reconstruction_metrics(real, rows, classifier)
+  assert same["ssim"] == 1 and same["frechet"] == pytest.approx(0, abs=1e-6)
+  with pytest.raises(ValueError, match="intelligibility is of sounds"):
+    reconstruction_metrics(real, rows, intelligibility=True)
+  with pytest.raises(ValueError, match="182 reconstructions do not fit a split of 181"):
+    reconstruction_metrics(np.zeros((182, 8, 8, 1), np.float32), rows)
+  with pytest.raises(ValueError, match="must be"):
+    reconstruction_metrics(real[:, 1:], rows)
+
+
+def test_reconstructions_of_sounds():
+  pytest.importorskip("pystoi")
+  rng = np.random.default_rng(0)
+  sounds = np.repeat(rng.uniform(0.05, 1, (4, 20)), 400, axis=1) * rng.normal(0, 0.2, (4, 8000))
+  lengths = np.array([8000, 7000, 6000, 5000])
+  built = media.build_arrays(
+    sounds.clip(-1, 1), batch_size=2, lengths=lengths, fields=dict(sample_rate=8000)
+  )
+  rows = built.splits["train"]
+  batch = rows.rows(np.arange(rows.num_rows))
+  off = batch["media"] + 0.1 * rng.normal(size=batch["media"].shape).astype(np.float32)
+  got = reconstruction_metrics(off, rows, intelligibility=True)
+  cut = [
+    (a[:n, 0], b[:n, 0]) for a, b, n in zip(off, batch["media"], batch["lengths"], strict=True)
+  ]
+  options = dict(num_mels=32, window=256, hop=128)
+  assert got == pytest.approx(
+    {
+      "mse": np.mean([np.square(a - b).mean() for a, b in cut]),
+      "mel_distance": np.mean([metrics.mel_distance(a, b, 8000, **options) for a, b in cut]),
+      "stoi": np.mean([metrics.stoi(a, b, 8000) for a, b in cut]),
+    }
+  )
+  assert reconstruction_metrics(batch["media"], rows) == {"mse": 0, "mel_distance": 0}
+  unknown = media.build_arrays(sounds.clip(-1, 1), batch_size=2).splits["train"]
+  with pytest.raises(ValueError, match="set data.sample_rate"):
+    reconstruction_metrics(unknown.rows(np.arange(1))["media"], unknown)
 
 
 def test_bad_requests(digits, classifier):
