@@ -5,7 +5,7 @@ it does not tell, some of which the library's own configuration file may (`CONFI
 library is a line of each table.
 """
 
-from latentlab.interop import diff_transformer, diffllama, torchscale, yoco
+from latentlab.interop import diff_transformer, diffllama, latentlm, torchscale, yoco
 from latentlab.interop.files import read, read_json, write
 from latentlab.interop.states import load_state, save_state
 from latentlab.interop.weights import (
@@ -45,6 +45,7 @@ __all__ = [
   "diffllama",
   "export_weights",
   "import_weights",
+  "latentlm",
   "load_state",
   "parameter_shapes",
   "read",

@@ -74,6 +74,7 @@ class Entry:
     contracted: Axes in front that a projection contracts, whose kernel they hold as the transposed
       matrix `[out, in]`; 0 for arrays that they hold as we do.
     stage: The stage whose layers these are.
+    stack: The path of the stacked layers, where they are no stage of a decoder.
     rows: Which of their rows each of ours is; `None` where they are in the same order.
   """
 
@@ -81,6 +82,7 @@ class Entry:
   ours: str
   contracted: int = 0
   stage: int = 0
+  stack: str | None = None
   rows: Int[np.ndarray, "rows"] | None = dataclasses.field(default=None, compare=False)
 
   @property
@@ -89,7 +91,8 @@ class Entry:
 
   @property
   def path(self) -> str:
-    return (f"decoder/stage_{self.stage}/block_0/" if self.layered else "") + self.ours
+    stack = self.stack or f"decoder/stage_{self.stage}/block_0"
+    return f"{stack}/{self.ours}" if self.layered else self.ours
 
   def to_theirs(self, x: np.ndarray) -> np.ndarray:
     if self.contracted:

@@ -8,6 +8,7 @@ thousandfold where a sampler starts.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -96,6 +97,7 @@ class DiffusionHeadConfig:
     norm_gain: Whether the layers' norms have a gain, as VibeVoice's do.
     norm_eps: Their epsilon.
     condition_proj: Whether the hidden vector passes a linear map first.
+    input_bias: Whether the map from latents has a bias, as the release's does on images.
     remat: What the backward pass keeps of a layer, a name of `decoder.REMAT_POLICIES`.
   """
 
@@ -107,6 +109,7 @@ class DiffusionHeadConfig:
   norm_gain: bool = False
   norm_eps: float = 1e-6
   condition_proj: bool = True
+  input_bias: bool = False
   remat: str = "none"
 
   def __post_init__(self):
@@ -129,7 +132,8 @@ class DiffusionHeadConfig:
     h = embed_dim
     layer = 3 * h**2 + 3 * h * self.width(h) + h * self.norm_gain
     ends = 2 * h * dim + 2 * h**2  # Latents in and out, and the last modulation.
-    return self.depth * layer + ends + TIME_FEATURES * h + h**2 + h**2 * self.condition_proj
+    options = h**2 * self.condition_proj + h * self.input_bias
+    return self.depth * layer + ends + TIME_FEATURES * h + h**2 + options
 
   def flops_per_row(self, embed_dim: int, dim: int) -> float:
     """Matmul flops of one evaluation, those of the condition and the timestep left out."""
@@ -153,8 +157,7 @@ class DiffusionHead(nn.Module):
   def setup(self):
     c, s = self.config, self.shared
     h = s.embed_dim
-    # No axis of a few channels is the model's, so that a mesh need not divide them.
-    self.noisy_proj = Projection((h,), (None, "embed"), s.init.mlp_linear, s.dtype)
+    self.noisy_proj = LatentProjection(s, c.input_bias)
     self.time = TimeEmbedding(s)
     if c.condition_proj:
       self.condition_proj = Projection((h,), ("embed", "mlp"), s.init.mlp_linear, s.dtype)
@@ -236,24 +239,77 @@ class DiffusionHead(nn.Module):
       ValueError: the solver is not of this schedule, or guidance asks for `progress`.
     """
     d = self.config.diffusion
-    table = settings.table(d.levels)
     both = hidden if null_hidden is None else jnp.concatenate([hidden, null_hidden])
     condition = self.condition(both)
     scale = None if null_hidden is None else settings.scale(progress)
     # A module cannot be called within jax's own loops, but a function of its parameters can.
     head, variables = self.unbind()
+    network = lambda x, time: head.apply(variables, x, condition + time, method="predict")
+    times = self.time(solver_times(d, settings))
+    return solve(d, network, times, (self.dim,), keys, settings, scale)
 
-    def denoise(x, level, time):
-      noisy = x if scale is None else jnp.concatenate([x, x])
-      output = head.apply(variables, noisy, condition + time, method="predict")
-      if scale is not None:
-        output = ops.guide(*jnp.split(output, 2), settings.scale_at(scale, level.sigma))
-      return ops.predicted_clean(d.prediction, output, x, level.alpha, level.sigma)
 
-    starts, steps = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-    x = jax.vmap(lambda key: jax.random.normal(key, (self.dim,)))(starts) * settings.temperature
-    times = self.time(jnp.asarray(table.t, jnp.float32))
-    return ops.run_solver(denoise, x, table, steps, along=times)
+def solver_times(diffusion: Diffusion, settings: SolverSettings) -> Float[Array, "evaluations"]:
+  """Timesteps at which a solver evaluates a network."""
+  return jnp.asarray(settings.table(diffusion.levels).t, jnp.float32)
+
+
+def solve(
+  diffusion: Diffusion,
+  network: Callable[[Array, Array], Array],
+  times: Float[Array, "evaluations D"],
+  shape: tuple[int, ...],
+  keys: Key[Array, " B"],
+  settings: SolverSettings,
+  scale: Float[Array, "..."] | None = None,
+) -> Float[Array, "B ..."]:
+  """Runs a solver over a network, guided if there is a scale.
+
+  Args:
+    diffusion: What the network predicts, at which noise.
+    network: From `x^t` and a time embedding to its output. Under guidance it is given `x^t` twice,
+      for the condition's rows and then for the null condition's.
+    times: Embeddings of the timesteps of `solver_times`.
+    shape: Of a row.
+    keys: One for each row, which depends on no other row.
+    settings: The solver.
+    scale: Guidance, of all rows or of each; `None` for a network that is not guided.
+  """
+  if scale is not None and scale.ndim:
+    scale = scale.reshape(-1, *[1] * (len(shape) - 1))
+
+  def denoise(x, level, time):
+    output = network(x if scale is None else jnp.concatenate([x, x]), time)
+    if scale is not None:
+      output = ops.guide(*jnp.split(output, 2), settings.scale_at(scale, level.sigma))
+    return ops.predicted_clean(diffusion.prediction, output, x, level.alpha, level.sigma)
+
+  starts, steps = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+  x = jax.vmap(lambda key: jax.random.normal(key, shape))(starts) * settings.temperature
+  return ops.run_solver(denoise, x, settings.table(diffusion.levels), steps, along=times)
+
+
+class LatentProjection(nn.Module):
+  """From latents to the width of a network.
+
+  Attributes:
+    shared: What it shares with the decoder.
+    bias: Whether there is a bias, zero at first.
+  """
+
+  shared: Shared
+  bias: bool = False
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B T Z"]) -> Float[Array, "B T D"]:
+    s = self.shared
+    # The few channels are no axis of the model's, so that a mesh need not divide them.
+    axes, init = (None, "embed"), s.init.mlp_linear
+    y = Projection((s.embed_dim,), axes, init, s.dtype, name="proj")(x)
+    if not self.bias:
+      return y
+    init = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("embed",))
+    return y + self.param("bias", init, (s.embed_dim,)).astype(s.dtype)
 
 
 class TimeEmbedding(nn.Module):

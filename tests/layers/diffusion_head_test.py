@@ -119,7 +119,7 @@ def test_losses_and_draws_keep_the_contract(config):
 
 @pytest.mark.parametrize(
   "config",
-  [*HEADS, DiffusionHeadConfig(norm_gain=True, mlp_dim=96, condition_proj=False)],
+  [*HEADS, DiffusionHeadConfig(norm_gain=True, mlp_dim=96, condition_proj=False, input_bias=True)],
   ids=lambda c: type(c).__name__,
 )
 def test_parameters_are_counted(config):

@@ -1,0 +1,295 @@
+"""LatentLM's diffusion head, and the DiT beside it, by the names of their original release.
+
+https://arxiv.org/abs/2412.08635; microsoft/unilm, `LatentLM/models/Transformer.py` and `DiT.py`.
+On images the release maps latents into the model by a convolution with a bias, whose patch must be
+one latent here; on flat latents by a matrix without one. The weights carry over as they are.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from latentlab.interop.weights import (
+  Entry,
+  StateDict,
+  check_told,
+  count_layers,
+  export_weights,
+  import_weights,
+  sizes_from,
+)
+from latentlab.layers import DiffusionHeadConfig, Shared, initializers
+from latentlab.layers.feed_forward import ratio_width
+from latentlab.models.dit import DiT, DiTConfig, grid_positions
+from latentlab.typing import Params
+
+_HEAD, _DIT = "the head of LatentLM's release", "the DiT of LatentLM's release"
+_IN_HEAD, _IN_DIT = "noisy_x_embedder", "x_embedder"
+_OF_HEAD = (_IN_HEAD, "t_embedder", "condition_layer", "diffusion_blocks", "final_layer")
+_POSITIONS = "pos_embed"
+_BLOCKS = "blocks"
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportedHead:
+  """A head from elsewhere.
+
+  Attributes:
+    config: The head; what it predicts, and at which noise, no weights tell.
+    embed_dim: Width of its hidden vectors.
+    dim: Channels of its latents.
+    params: Its parameters.
+  """
+
+  config: DiffusionHeadConfig
+  embed_dim: int
+  dim: int
+  params: Params
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportedDiT:
+  """A DiT from elsewhere.
+
+  Attributes:
+    config: The model; what it predicts, and at which noise, no weights tell.
+    params: Its parameters.
+  """
+
+  config: DiTConfig
+  params: Params
+
+
+def head_entries(depth: int, *, input_bias: bool = False) -> tuple[Entry, ...]:
+  """The table of a head's names.
+
+  Args:
+    depth: Its layers.
+    input_bias: Whether the map from latents has a bias.
+  """
+  layers = [
+    entry
+    for i in range(depth)
+    for entry in (
+      _matrix(f"diffusion_blocks.{i}.adaLN_modulation.1", f"layers_{i}/modulation"),
+      *_feed_forward(f"diffusion_blocks.{i}.mlp", f"layers_{i}/feed_forward"),
+    )
+  ]
+  condition = _matrix("condition_layer.linear", "condition_proj")
+  return (*_ends(_IN_HEAD, "noisy_proj", input_bias), condition, *layers)
+
+
+def dit_entries(*, input_bias: bool = False) -> tuple[Entry, ...]:
+  """The table of a DiT's names, its fused projection split into `q`, `k` and `v`.
+
+  Args:
+    input_bias: Whether the map from latents has a bias.
+  """
+  block, stacked = _BLOCKS + ".{layer}.", dict(stack=_BLOCKS)
+  return (
+    *_ends(_IN_DIT, "latent_proj", input_bias),
+    Entry("y_embedder.embedding_table.weight", "classes"),
+    _matrix(block + "adaLN_modulation.1", "modulation", **stacked),
+    *(_matrix(f"{block}attn.{x}", f"attention/{x}_proj", **stacked) for x in "qkv"),
+    _matrix(block + "attn.proj", "attention/out_proj", contracted=2, **stacked),
+    *_feed_forward(block + "mlp", "feed_forward", **stacked),
+  )
+
+
+def import_head(state: StateDict, fields: Mapping[str, Any] | None = None) -> ImportedHead:
+  """The head out of a whole model's state dict, or out of its part of one.
+
+  Args:
+    state: The weights.
+    fields: Fields of `DiffusionHeadConfig` that weights do not tell, such as `diffusion`.
+
+  Raises:
+    ValueError: names or shapes are not those of such a head, or its patch is not one latent.
+  """
+  state = {name: x for name, x in state.items() if name.split(".")[0] in _OF_HEAD}
+  state, bias = _flat_input(state, _IN_HEAD)
+  names = dict(out="final_layer.linear.weight", mlp="diffusion_blocks.0.mlp.fc1.weight")
+  found = sizes_from(_HEAD, state, names)
+  (dim, embed_dim), mlp_dim = found["out"].shape, len(found["mlp"])
+  sizes = dict(depth=count_layers(state, "diffusion_blocks."), mlp_dim=mlp_dim, input_bias=bias)
+  config = DiffusionHeadConfig(**sizes | dict(fields or {}))
+  table = head_entries(config.depth, input_bias=bias)
+  params = import_weights(table, state, head_shapes(config, embed_dim, dim))
+  return ImportedHead(config, embed_dim, dim, params)
+
+
+def export_head(config: DiffusionHeadConfig, params: Params) -> StateDict:
+  """A head by the release's names, its map from latents a convolution where it has a bias.
+
+  Raises:
+    ValueError: the release has no such head.
+  """
+  if config.norm_gain or not config.condition_proj or config.norm_eps != 1e-6:
+    raise ValueError(
+      f"{_HEAD} has norms without a gain, an epsilon of 1e-6 and a condition_proj, not "
+      f"norm_gain={config.norm_gain}, norm_eps={config.norm_eps}, "
+      f"condition_proj={config.condition_proj}"
+    )
+  table = head_entries(config.depth, input_bias=config.input_bias)
+  return _unflat_input(export_weights(table, params), _IN_HEAD)
+
+
+def head_shapes(config: DiffusionHeadConfig, embed_dim: int, dim: int) -> Params:
+  """Shapes and dtypes of a head's parameters."""
+  init = initializers.make("linear", num_layers=1, embed_dim=embed_dim)
+  head = config.module(Shared(embed_dim, np.float32, init), dim)
+  rows = lambda *shape: jax.ShapeDtypeStruct((1, *shape), np.float32)
+  variables = jax.eval_shape(head.init, jax.random.key(0), rows(dim), rows(), rows(embed_dim))
+  return nn.unbox(variables)["params"]
+
+
+def import_dit(state: StateDict, fields: Mapping[str, Any]) -> ImportedDiT:
+  """A DiT from a state dict.
+
+  Args:
+    state: The weights.
+    fields: Fields of `DiTConfig` that weights do not tell: `num_heads`; and, of a grid that is no
+      square, `grid`.
+
+  Raises:
+    ValueError: a field is untold; names or shapes are not those of such a model; its positions are
+      not the fixed ones; its patch is not one latent.
+  """
+  state, bias = _flat_input(dict(state), _IN_DIT)
+  names = dict(
+    out="final_layer.linear.weight",
+    mlp=f"{_BLOCKS}.0.mlp.fc1.weight",
+    qkv=f"{_BLOCKS}.0.attn.qkv.weight",
+    classes="y_embedder.embedding_table.weight",
+    positions=_POSITIONS,
+  )
+  found = sizes_from(_DIT, state, names)
+  check_told(_DIT, fields, dict(num_heads="of its constructor"))
+  (dim, embed_dim), num_heads = found["out"].shape, fields["num_heads"]
+  positions = state.pop(_POSITIONS)
+  _, length, _ = positions.shape
+  side = round(length**0.5)
+  sizes = dict(
+    num_layers=count_layers(state, f"{_BLOCKS}."),
+    embed_dim=embed_dim,
+    dim=dim,
+    # On flat latents, positions count along one line.
+    grid=(side, side) if bias and side**2 == length else (1, length),
+    num_classes=len(found["classes"]) - 1,
+    mlp_ratio=_ratio(len(found["mlp"]), embed_dim),
+    input_bias=bias,
+  )
+  rest = len(found["qkv"]) - embed_dim
+  head_dim = embed_dim // max(num_heads, 1)
+  if head_dim < 1 or rest < 2 or rest % (2 * head_dim):
+    raise ValueError(
+      f"num_heads={num_heads} of {head_dim} features do not make {names['qkv']}, "
+      f"{found['qkv'].shape}"
+    )
+  config = DiTConfig(**sizes | dict(num_kv_heads=rest // (2 * head_dim)) | dict(fields))
+  want = grid_positions(config.grid, embed_dim)
+  if positions.shape[1:] != want.shape or not np.allclose(positions[0], want, atol=1e-5):
+    raise ValueError(f"{_POSITIONS} are not the fixed ones of grid={config.grid}; give grid")
+  params = import_weights(
+    dit_entries(input_bias=bias), _split(state, embed_dim), dit_shapes(config)
+  )
+  return ImportedDiT(config, params)
+
+
+def export_dit(config: DiTConfig, params: Params) -> StateDict:
+  """A DiT by the release's names, with its positions.
+
+  Raises:
+    ValueError: the release has no such model.
+  """
+  square = config.grid[0] == config.grid[1]
+  if not (square and config.input_bias or config.grid[0] == 1 and not config.input_bias):
+    raise ValueError(
+      f"{_DIT} has a square grid with input_bias, or a line without, not grid={config.grid} and "
+      f"input_bias={config.input_bias}"
+    )
+  state = export_weights(dit_entries(input_bias=config.input_bias), params)
+  for i in range(config.num_layers):
+    names = [f"{_BLOCKS}.{i}.attn.{x}.weight" for x in "qkv"]
+    state[f"{_BLOCKS}.{i}.attn.qkv.weight"] = np.concatenate([state.pop(name) for name in names])
+  positions = grid_positions(config.grid, config.embed_dim)
+  state[_POSITIONS] = positions[None].astype(np.float32)
+  return _unflat_input(state, _IN_DIT)
+
+
+def dit_shapes(config: DiTConfig) -> Params:
+  """Shapes and dtypes of a DiT's parameters."""
+  latents = jax.ShapeDtypeStruct((1, config.num_latents, config.dim), np.float32)
+  t, labels = (jax.ShapeDtypeStruct((1,), dtype) for dtype in (np.float32, np.int32))
+  variables = jax.eval_shape(DiT(config).init, jax.random.key(0), latents, t, labels)
+  return nn.unbox(variables)["params"]
+
+
+def _matrix(theirs: str, ours: str, contracted: int = 1, **options: Any) -> Entry:
+  return Entry(f"{theirs}.weight", f"{ours}/kernel", contracted=contracted, **options)
+
+
+def _feed_forward(theirs: str, ours: str, **options: Any) -> tuple[Entry, ...]:
+  # The one that is activated, and the one that multiplies it.
+  names = dict(fc1="gate_proj", gate="in_proj", fc2="out_proj")
+  return tuple(_matrix(f"{theirs}.{a}", f"{ours}/{b}", **options) for a, b in names.items())
+
+
+def _ends(theirs: str, ours: str, bias: bool) -> tuple[Entry, ...]:
+  """What the head and the DiT have alike: latents in, the timestep, latents out."""
+  return (
+    _matrix(theirs, f"{ours}/proj"),
+    *((Entry(f"{theirs}.bias", f"{ours}/bias"),) if bias else ()),
+    _matrix("t_embedder.mlp.0", "time/in_proj"),
+    _matrix("t_embedder.mlp.2", "time/out_proj"),
+    _matrix("final_layer.adaLN_modulation.1", "final/modulation"),
+    _matrix("final_layer.linear", "final/out_proj"),
+  )
+
+
+def _flat_input(state: StateDict, name: str) -> tuple[StateDict, bool]:
+  """The map from latents as a matrix, and whether it has a bias."""
+  convolution = state.pop(f"{name}.proj.weight", None)
+  if convolution is None:
+    return state, False
+  if convolution.shape[2:] != (1, 1):
+    raise ValueError(
+      f"{name}.proj.weight is {convolution.shape}: only patches of one latent can be imported"
+    )
+  if (bias := state.pop(f"{name}.proj.bias", None)) is None:
+    raise ValueError(f"{name}.proj.bias is missing beside {name}.proj.weight")
+  return state | {f"{name}.weight": convolution[:, :, 0, 0], f"{name}.bias": bias}, True
+
+
+def _unflat_input(state: StateDict, name: str) -> StateDict:
+  """The inverse of `_flat_input`."""
+  if f"{name}.bias" not in state:
+    return state
+  matrix, bias = state.pop(f"{name}.weight"), state.pop(f"{name}.bias")
+  return state | {f"{name}.proj.weight": matrix[:, :, None, None], f"{name}.proj.bias": bias}
+
+
+def _split(state: StateDict, embed_dim: int) -> StateDict:
+  """Fused projections as `q`, `k` and `v`."""
+  split = {}
+  for name, x in state.items():
+    if not name.endswith(".attn.qkv.weight"):
+      split[name] = x
+      continue
+    bounds = [embed_dim, (embed_dim + len(x)) // 2]
+    split |= {
+      name.replace("qkv", part): rows for part, rows in zip("qkv", np.split(x, bounds), strict=True)
+    }
+  return split
+
+
+def _ratio(mlp_dim: int, embed_dim: int) -> float:
+  """A ratio that gives this width of feed-forward layers: the release's, or the middle of all."""
+  usual = DiTConfig.mlp_ratio
+  if ratio_width(embed_dim, usual) == mlp_dim:
+    return usual
+  return (mlp_dim + 32) * 1.5 / embed_dim
