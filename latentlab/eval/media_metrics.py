@@ -1,5 +1,7 @@
 """Media made by a model beside real ones: those it drew, and those it was to reconstruct."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from latentlab.data import Batch, MediaRows
@@ -9,7 +11,7 @@ from latentlab.typing import Float, Int
 
 
 def generation_metrics(
-  generated: Float[np.ndarray, "n ..."],
+  generated: Float[np.ndarray, "n ..."] | Sequence[np.ndarray],
   labels: Int[np.ndarray, "n"] | None,
   reference: MediaRows | Extracted,
   features: Features,
@@ -20,7 +22,7 @@ def generation_metrics(
   """Compares generated media with a split's; all numbers belong to `features.name`.
 
   Args:
-    generated: Media in [-1, 1].
+    generated: Media in [-1, 1]; shorter sounds are padded, as the split's are.
     labels: The class that each was asked for; -1, or `None` for all, where none was.
     reference: A split, or what `features.of_rows` has told of it before.
     features: What is compared.
@@ -34,7 +36,7 @@ def generation_metrics(
   """
   if labels is not None and len(labels) != len(generated):
     raise ValueError(f"{len(labels)} labels for {len(generated)} generated media; give one each.")
-  found = features(generated)
+  found = features(_padded(generated, features.shape))
   real = reference if isinstance(reference, Extracted) else features.of_rows(reference)
   moments = (metrics.Moments.of(x.features) for x in (found, real))
   precision, recall = metrics.precision_recall(found.features, real.features, k)
@@ -50,6 +52,20 @@ def generation_metrics(
   if (asked >= 0).any():
     right = found.probabilities.argmax(1) == asked
     out["agreement"] = float(right[asked >= 0].mean())
+  return out
+
+
+def _padded(media: np.ndarray | Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+  """Media of one shape, zeros behind the shorter sounds."""
+  out = np.zeros((len(media), *shape), np.float32)
+  for row, medium in zip(out, media, strict=True):
+    is_short = len(shape) == 2 and medium.shape[1:] == shape[1:] and len(medium) < len(row)
+    if medium.shape != shape and not is_short:
+      raise ValueError(
+        f"a generated medium of shape {medium.shape} does not fit features of media of {shape}; "
+        "cut it, or draw others."
+      )
+    row[: len(medium)] = medium
   return out
 
 

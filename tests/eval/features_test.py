@@ -102,6 +102,15 @@ def test_sounds_are_seen_as_spectrograms():
   pixels = features_lib.build("pixels", rows)
   want = metrics.log_mel(rows.item(2)[:, 0], 8000, num_mels=32, window=256, hop=128)
   np.testing.assert_allclose(pixels.of_rows(rows).features[2], want.ravel(), rtol=1e-5)
+  # Sounds that ended early are padded.
+  drawn = [rows.item(i) for i in range(5)]
+  short = [*drawn[:4], drawn[4][:500]]
+  silent = np.stack(drawn)
+  silent[4, 500:] = 0
+  numbers = [generation_metrics(x, None, rows, pixels) for x in (short, silent, drawn)]
+  assert numbers[0] == numbers[1] != numbers[2]
+  with pytest.raises(ValueError, match=r"of shape \(901, 1\) does not fit"):
+    generation_metrics([np.zeros((901, 1))] * 5, None, rows, pixels)
   unknown = media.build_arrays(sounds, batch_size=2).splits["train"]
   with pytest.raises(ValueError, match="set data.sample_rate"):
     features_lib.build("pixels", unknown)
@@ -168,6 +177,8 @@ def test_bad_requests(digits, classifier):
   with pytest.raises(ValueError, match=r"of shape \(2, 9, 8, 1\) have no features"):
     classifier(np.zeros((2, 9, 8, 1), np.float32))
   images, labels = train.rows(np.arange(12))["media"], train.labels[:12]
+  with pytest.raises(ValueError, match=r"of shape \(7, 8, 1\) does not fit"):
+    generation_metrics(images[:, 1:], labels, train, classifier)
   with pytest.raises(ValueError, match="11 labels for 12"):
     inspect.unwrap(generation_metrics)(images, labels[:11], train, classifier)
   with pytest.raises(ValueError, match="labels hold 10"):
