@@ -38,7 +38,9 @@ if PLATFORM != "tpu":
 jaxtyping.install_import_hook(["latentlab", "pallas_kernels"], "shape_checks.typechecked")
 
 # The suites that implementations of an op inherit are no test files of their own.
-pytest.register_assert_rewrite("diff_attention_suite", "flash_attention_suite", "retention_suite")
+pytest.register_assert_rewrite(
+  "diff_attention_suite", "flash_attention_suite", "retention_suite", "suite_common"
+)
 
 _TESTS = pathlib.Path(__file__).parent
 _QUICK = ("layers", "models", "ops", "pallas_kernels", "sample")

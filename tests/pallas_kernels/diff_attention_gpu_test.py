@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from diff_attention_suite import Case, DiffAttentionSuite, relative_error
+from diff_attention_suite import Case, DiffAttentionSuite
+from suite_common import relative_error
 
 from pallas_kernels import mosaic_gpu
 from pallas_kernels.diff_attention import gpu, gpu_tiles, reference

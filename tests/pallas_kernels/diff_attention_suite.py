@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from suite_common import attention_bounds, outputs_and_gradients, relative_error
 
 from pallas_kernels.diff_attention import diff_attention, diff_attention_decode
 
@@ -86,39 +87,7 @@ class Case:
     keywords = dict(scale=self.head_dim**-0.5, return_lse=self.lse) | dict(self.options)
     if self.norm:
       keywords |= dict(eps=1e-5, post_scale=0.7)
-    if self.padded:
-      keywords["lengths"] = jnp.array([self.keys, block + 2, 0])
-    if self.row_offsets:
-      keywords["q_offset"] = jnp.array([0, 3, block])
-    if self.packed:
-      starts = np.array(
-        [[1, block, self.keys], [block // 2, block + 1, 2 * block], 3 * [self.keys]]
-      )
-      documents = lambda length: jnp.asarray(
-        np.sum(np.arange(length)[:, None] >= starts[:, None], -1) % 2  # An id returns.
-      )
-      keywords["segment_ids"] = documents(self.length)
-      if self.keys != self.length:
-        keywords["kv_segment_ids"] = documents(self.keys)
-    return keywords
-
-
-def outputs_and_gradients(op, args):
-  """Outputs, and the gradients of a sum that weighs all of them at random."""
-
-  def weighed(*args):
-    outs = op(*args)
-    outs = outs if isinstance(outs, tuple) else (outs,)
-    rng = np.random.default_rng(1)
-    total = 0
-    for x in outs:
-      # Weights that bfloat16 holds, or its gradients would start out rounded.
-      w = jnp.asarray(rng.normal(size=x.shape), jnp.bfloat16).astype(x.dtype)
-      total += jnp.sum(jnp.where(x == -jnp.inf, 0, x) * w)
-    return total.astype(jnp.float32), outs
-
-  (_, outs), grads = jax.jit(jax.value_and_grad(weighed, range(len(args)), has_aux=True))(*args)
-  return outs, grads
+    return keywords | attention_bounds(self, block)
 
 
 def _op(case: Case, block: int, **options: Any):
@@ -137,16 +106,6 @@ def reference(case: Case, block: int):
     args = [jnp.asarray(np.asarray(x, np.float64)) for x in case.args()]
     op = _op(case, block, implementation="naive")
     return jax.tree.map(np.asarray, outputs_and_gradients(op, args))
-
-
-def relative_error(got, want) -> float:
-  got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-  assert got.shape == want.shape
-  np.testing.assert_array_equal(got == -np.inf, want == -np.inf)  # Of log-sum-exps.
-  got, want = (np.where(x == -np.inf, 0, x) for x in (got, want))
-  assert np.isfinite(want).all()
-  # What cancels to nothing, as the gradient of one key's score, is measured by what it is made of.
-  return np.linalg.norm(got - want) / max(np.linalg.norm(want), 0.1 * want.size**0.5)
 
 
 class DiffAttentionSuite:

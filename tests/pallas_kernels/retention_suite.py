@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import suite_common
 
 from pallas_kernels.retention import retention, retention_decode
 
@@ -90,17 +91,8 @@ class Case:
 
 
 def outputs_and_gradients(op, args, *, learned=range(5)):
-  """Both outputs, and the gradients of a sum that weighs both of them at random."""
-
-  def weighed(*args):
-    outs = op(*args)
-    rng = np.random.default_rng(1)
-    # Weights that bfloat16 holds, or its gradients would start out rounded.
-    weights = [jnp.asarray(rng.normal(size=x.shape), jnp.bfloat16) for x in outs]
-    total = sum(jnp.sum(x * w.astype(x.dtype)) for x, w in zip(outs, weights, strict=True))
-    return total.astype(jnp.float32), outs
-
-  (_, outs), grads = jax.jit(jax.value_and_grad(weighed, learned, has_aux=True))(*args)
+  """Both outputs, and behind them the gradients of a sum that weighs both of them at random."""
+  outs, grads = suite_common.outputs_and_gradients(op, args, learned=learned)
   return *outs, *grads
 
 
