@@ -19,6 +19,7 @@ from latentlab.layers.latent_heads import (
   SolverSettings,
 )
 from latentlab.layers.linear_attention import LinearAttention, LinearAttentionConfig
+from latentlab.layers.mar_head import MarHead, MarHeadConfig
 from latentlab.layers.norms import HeadNorm, residual_norm
 from latentlab.layers.positions import PositionConfig
 from latentlab.layers.retention import MultiScaleRetention, RetentionConfig
@@ -54,6 +55,8 @@ __all__ = [
   "LatentHeadConfig",
   "LinearAttention",
   "LinearAttentionConfig",
+  "MarHead",
+  "MarHeadConfig",
   "MixerConfig",
   "MixtureHead",
   "MixtureHeadConfig",

@@ -242,10 +242,9 @@ def test_the_draw_is_a_plain_loop_of_the_solver():
   np.testing.assert_allclose(_draw(head, params, hidden, keys=keys), x, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
-def test_recomputing_changes_no_gradient(remat):
+def test_recomputing_changes_no_gradient():
   head, params = _init(BASE, random=True)
-  again = dataclasses.replace(BASE, remat=remat).module(_shared(), DIM)
+  again = dataclasses.replace(BASE, remat="full").module(_shared(), DIM)
   args = (*_inputs(2, 3), jax.random.key(0))
   grads = [
     jax.jit(jax.grad(lambda p, h=h: h.apply({"params": p}, *args, method="losses").mean()))(params)
@@ -270,8 +269,8 @@ def test_half_precision_keeps_timesteps_and_latents():
     time_features(jnp.array([998.0], jnp.bfloat16))
 
 
-@pytest.mark.parametrize("axes", [dict(data=2, tensor=2), dict(fsdp=2, seq=2)], ids=str)
-def test_latentlm_17_a_mesh_changes_nothing(axes):
+def test_latentlm_17_a_mesh_changes_nothing():
+  axes = dict(data=2, tensor=2, seq=2)
   head, params = _init(BASE, random=True)
   hidden, latents = _inputs(4, 6)
   keys = jax.random.split(jax.random.key(0), 4)
@@ -284,14 +283,15 @@ def test_latentlm_17_a_mesh_changes_nothing(axes):
     return value, grads, head.apply({"params": params}, *args, method="draw")
 
   want = jax.jit(both)(params, hidden, latents)
-  with jax.set_mesh(make_mesh(axes)), nn.logical_axis_rules(make_rules()):
-    boxed = jax.eval_shape(
-      functools.partial(head.init, method="losses"), keys[0], hidden, latents, keys[0]
-    )
-    specs = nn.logical_to_mesh(nn.get_partition_spec(boxed))["params"]
-    sharded = jax.tree.map(jax.device_put, params, specs)
+  mesh = make_mesh(axes)
+  with jax.set_mesh(mesh), nn.logical_axis_rules(make_rules()):
+    init = functools.partial(head.init, method="losses")
+    boxed = jax.eval_shape(init, keys[0], hidden, latents, keys[0])["params"]
+    specs = nn.logical_to_mesh(nn.get_partition_spec(boxed))
+    place = lambda x, spec: jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
+    sharded = jax.tree.map(place, params, specs)
     got = jax.jit(both)(sharded, hidden, latents)
-  assert any(len(x.sharding.device_set) > 1 for x in jax.tree.leaves(sharded))
+  assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(sharded))
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), jax.device_get(got), want
   )
@@ -401,14 +401,14 @@ def test_guided_mixtures_have_the_guided_density():
   head, params = _init(
     MixtureHeadConfig(num_components=1, depth=1, num_candidates=200), random=True, dim=1
   )
-  hidden, _ = _inputs(2, dim=1)
+  hidden, _ = _inputs(2, dim=1, seed=1)
   _, means, stds = (x[..., 0, :] for x in head.apply({"params": params}, hidden * 0.3))
-  scale = 1.4
+  scale = 3.0
   precision = scale / stds[0] ** 2 - (scale - 1) / stds[1] ** 2
   mean = (scale * means[0] / stds[0] ** 2 - (scale - 1) * means[1] / stds[1] ** 2) / precision
   conditional, null = (jnp.broadcast_to(h, (2000, WIDTH)) for h in hidden * 0.3)
   got = np.asarray(_draw(head, params, conditional, null, guidance=scale))
-  assert abs(mean[0] - means[0, 0]) > 0.1  # Guidance has something to do.
+  assert abs(mean[0] - means[0, 0]) > 0.2  # Guidance has something to do.
   np.testing.assert_allclose(got.mean(), mean[0], atol=0.1 * float(precision[0] ** -0.5))
   np.testing.assert_allclose(got.std(), precision[0] ** -0.5, rtol=0.1)
 
