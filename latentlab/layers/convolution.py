@@ -15,7 +15,7 @@ from jax.nn.initializers import Initializer
 
 from latentlab import ops
 from latentlab.layers.cache import Cache
-from latentlab.typing import Array, DTypeLike, Float
+from latentlab.typing import Array, Bool, DTypeLike, Float
 
 KINDS = ("conv", "transposed", "block")
 
@@ -34,7 +34,7 @@ class ConvState(Cache):
 
   history: Float[Array, "B W C"]
 
-  def reset(self, rows: Float[Array, " B"]) -> "ConvState":
+  def reset(self, rows: Bool[Array, " B"]) -> "ConvState":
     """Zeros, as before a signal, where `rows` is true."""
     return ConvState(jnp.where(rows[:, None, None], 0, self.history))
 

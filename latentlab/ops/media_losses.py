@@ -54,15 +54,15 @@ def magnitudes(sounds: Float[Array, "B S"], window: int, hop: int) -> Float[Arra
 def spectral_distance(
   sounds: Float[Array, "B S"],
   others: Float[Array, "B S"],
-  banks: Sequence[Float[np.ndarray, "bins bands"]],
+  banks: Sequence[Float[np.ndarray, "_ _"]],
 ) -> Float[Array, " B"]:
   """Absolute differences of bands' magnitudes and of their logarithms, mean over resolutions.
 
   Args:
     sounds: Some.
     others: Others.
-    banks: A filter bank for each resolution, whose window has `2 (bins - 1)` samples and moves by a
-      quarter of them.
+    banks: A filter bank `[bins, bands]` for each resolution, whose window has `2 (bins - 1)` samples
+      and moves by a quarter of them.
   """
   total = 0.0
   for bank in banks:
