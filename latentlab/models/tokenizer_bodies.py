@@ -191,7 +191,7 @@ class PatchDecoder(nn.Module):
 
 def _dense(c: DecoderConfig, features: int, axes: tuple[str | None, ...], name: str) -> nn.Module:
   init = nn.with_logical_partitioning(c.initializers.mixer_in, axes)
-  return nn.Dense(features, dtype=c.dtype, kernel_init=init)
+  return nn.Dense(features, dtype=c.dtype, kernel_init=init, name=name)
 
 
 def _places(module: nn.Module, c: DecoderConfig, count: int) -> Float[Array, "N D"]:

@@ -272,3 +272,11 @@ def test_media_that_do_not_fit():
       model.apply(variables, argument, method=method)
   with pytest.raises(ValueError, match="init_decode_cache is of tokenizers of sounds"):
     inspect.unwrap(type(model.config).init_decode_cache)(model.config, 1)
+
+
+def test_names_of_parameters():
+  """Checkpoints, and patterns of what is trained, go by these."""
+  params = jax.eval_shape(lambda: _made(_VIT)[1])["params"]
+  assert set(params["encoder"]) == {"patch_embed", "position_embedding", "transformer", "head"}
+  want = {"latent_embed", "position_embedding", "transformer", "head_in", "head_out"}
+  assert set(params["decoder"]) == want
