@@ -6,7 +6,6 @@ targets of its kind in the step, however the batch was cut.
 
 import dataclasses
 import functools
-import pathlib
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +19,6 @@ from latentlab.layers.diffusion_head import Diffusion, DiffusionHeadConfig
 from latentlab.layers.latent_heads import MixtureHeadConfig, RegressionHeadConfig
 from latentlab.models import flops_per_token, registry
 from latentlab.models.latentlm import (
-  NOT_TRAINED,
   Items,
   LatentLM,
   LatentLMConfig,
@@ -28,11 +26,11 @@ from latentlab.models.latentlm import (
   SpecialTokens,
   empty_items,
 )
-from latentlab.ops.latents import Noise, to_sphere
+from latentlab.ops.latents import Noise
+from latentlab.train import latent_rows, media_sample
 from latentlab.train import latents as latents_lib
-from latentlab.train import media_sample, optim
-from latentlab.train.state import axis_names
-from latentlab.train.task import Batch, Group, LossTerms
+from latentlab.train.latent_rows import LatentRowsTask
+from latentlab.train.task import Batch, LossTerms
 from latentlab.typing import Array, Bool, Float, Key, Params
 
 HEADS = {
@@ -43,44 +41,24 @@ HEADS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class LatentLMTask:
+class LatentLMTask(LatentRowsTask):
   """Next-item prediction over packed documents of tokens and latents.
 
   Batches are those of `data.mixed`.
 
   Attributes:
-    model: The model.
-    config: The experiment; reads `optimizer`, `train_steps`, `latents` and `data`.
     noise: What was added to means when the tokenizer drew latents.
   """
 
-  model: LatentLM
-  config: ml_collections.ConfigDict
   noise: Noise
 
   def init(self, key: Key[Array, ""]) -> Params:
     return self.model.init(key, empty_items(self.model.config))["params"]
 
-  @functools.cached_property
-  def groups(self) -> tuple[Group, ...]:
-    axes = axis_names(jax.eval_shape(self.init, jax.random.key(0)))
-    schedule = optim.make_schedule(self.config.optimizer, self.config.train_steps)
-    optimizer = optim.make_optimizer(self.config.optimizer, axes)
-    trainable = tuple(f"(?!{NOT_TRAINED}){p}" for p in self.config.task.trainable)
-    return (Group("model", self.loss, optimizer, schedule, trainable, self.count),)
-
   @property
   def modality(self) -> ModalityConfig:
     (modality,) = self.model.config.modalities
     return modality
-
-  @property
-  def seq_length(self) -> int:
-    return self.config.data.seq_length
-
-  @property
-  def items_per_step(self) -> int:
-    return self.config.batch_size * self.seq_length
 
   @property
   def flops_per_item(self) -> float:
@@ -97,15 +75,9 @@ class LatentLMTask:
     """Whether any target of the softmax is trained on."""
     return not latents_lib.has_classes(self.config.data.condition) or self.modality.stop == "token"
 
-  def generator(self, params: Params, data: Data) -> media_sample.Generator:
+  def generator(self, params: Params, data: Data) -> media_sample.LatentGenerator:
     """Draws from the model with these parameters."""
-    return media_sample.Generator(self, params, data)
-
-  def check_sample(self, data: Data) -> None:
-    media_sample.check(self.config, self, data)
-
-  def show_sample(self, params: Params, data: Data, workdir: pathlib.Path) -> None:
-    media_sample.show(self.config, self, params, data, workdir)
+    return media_sample.LatentGenerator(self, params, data)
 
   def count(self, batch: Batch) -> dict[str, Float[Array, ""]]:
     counts = dict(tokens=batch["weights"].sum(), latents=(batch["next_kinds"] > 0).sum())
@@ -140,7 +112,8 @@ class LatentLMTask:
     here, following = self.draw_latents(params, batch, noise_key)
     tokens = batch["inputs"]
     if self.config.latents.prompt_dropout and not deterministic:
-      tokens = jnp.where(self._dropped(batch, drop_key), self.model.config.tokens.null, tokens)
+      dropped = latent_rows.dropped_prompts(batch, self.config.latents.prompt_dropout, drop_key)
+      tokens = jnp.where(dropped, self.model.config.tokens.null, tokens)
     apply = functools.partial(self.model.apply, {"params": params})
     hidden, _ = apply(
       Items(tokens, batch["kinds"], {m.name: here}),
@@ -163,45 +136,10 @@ class LatentLMTask:
   def draw_latents(
     self, params: Params, batch: Batch, key: Key[Array, ""]
   ) -> tuple[Float[Array, "B T Z"], Float[Array, "B T Z"]]:
-    """Normalised latents of the items that are read, and of those to be predicted.
-
-    An item that is both has the same noise in both places, and a document one scale, as an image or
-    clip has in its tokenizer.
-    """
-    name, noise = self.modality.name, self.noise
-    means = batch[f"latents/{name}"], batch[f"next_latents/{name}"]
-    scale_key, noise_key = jax.random.split(key)
-    (rows, length), dim = batch["inputs"].shape, self.modality.dim
-    draws = jax.random.normal(noise_key, (rows, length + 1, dim))
-    if noise.kind == "learned":
-      scales = batch[f"scales/{name}"], batch[f"next_scales/{name}"]
-    elif noise.kind == "gaussian_scale" and noise.per == "example":
-      of_documents = noise.draw_scales(scale_key, (rows, length + 1))
-      scale = jnp.take_along_axis(of_documents, batch["segment_ids"], axis=1)[..., None]
-      scales = scale, scale
-    elif noise.kind == "gaussian_scale":
-      scale = noise.draw_scales(scale_key, (rows, length + 1, 1))
-      scales = scale[:, :-1], scale[:, 1:]
-    else:
-      scales = noise.std, noise.std
-    noisy = [
-      mean + scale * drawn
-      for mean, scale, drawn in zip(means, scales, (draws[:, :-1], draws[:, 1:]), strict=True)
-    ]
-    if noise.on_sphere:
-      noisy = [to_sphere(x) for x in noisy]
-    sampled = (self.config.latents.input == "sample", self.config.latents.target == "sample")
-    chosen = [x if s else mean for x, s, mean in zip(noisy, sampled, means, strict=True)]
-    here, following = (
-      self.model.apply({"params": params}, name, x, method="normalize") for x in chosen
-    )
-    return here, following
-
-  def _dropped(self, batch: Batch, key: Key[Array, ""]) -> Array:
-    """Tokens of the prompts that are left out, each document's whole or not at all."""
-    shape = batch["inputs"].shape
-    drop = jax.random.bernoulli(key, self.config.latents.prompt_dropout, (shape[0], shape[1] + 1))
-    return jnp.take_along_axis(drop, batch["segment_ids"], axis=1) & batch["droppable"]
+    """Normalised latents of the items that are read, and of those to be predicted."""
+    name, variables = self.modality.name, {"params": params}
+    normalize = lambda x: self.model.apply(variables, name, x, method="normalize")
+    return latent_rows.draw_latents(batch, name, self.noise, self.config.latents, normalize, key)
 
   def _latent_sum(self, apply, hidden, following, batch: Batch, key) -> Float[Array, ""]:
     """Summed losses of the latents to be predicted, for which alone the head is run."""
@@ -254,19 +192,11 @@ def build(config: ml_collections.ConfigDict, summary: Mapping[str, Any]) -> Late
     summary["mean"],
     summary["std"],
   )
-  for name in ("input", "target"):
-    if c[name] not in ("sample", "mean"):
-      raise ValueError(f"config.latents.{name}={c[name]!r} must be 'sample' or 'mean'.")
-  if not 0 <= c.prompt_dropout < 1:
-    raise ValueError(f"config.latents.prompt_dropout={c.prompt_dropout} is not in [0, 1).")
+  latent_rows.check_latents(config)
   if not c.loss_weight > 0:
     raise ValueError(f"config.latents.loss_weight={c.loss_weight} must be positive.")
   model = LatentLM(LatentLMConfig(language, (modality,), tokens.text_vocab_size, num_classes))
-  # What data were built with, where the config leaves it to them.
-  config = ml_collections.ConfigDict(config.to_dict())
-  config.data.seq_length = summary["seq_length"]
-  config.data.documents_per_row = summary["documents_per_row"]
-  return LatentLMTask(model, config, Noise(**summary["noise"]))
+  return LatentLMTask(model, latent_rows.built(config, summary), Noise(**summary["noise"]))
 
 
 def head_fields(kind: str) -> dict[str, type]:
@@ -280,6 +210,11 @@ def head_fields(kind: str) -> dict[str, type]:
       f"config.latents.head.kind={kind!r} is unknown; choose one of {sorted(HEADS)}."
     )
   owners = (HEADS[kind], Diffusion) if kind == "diffusion" else (HEADS[kind],)
+  return plain_fields(*owners)
+
+
+def plain_fields(*owners: type) -> dict[str, type]:
+  """Fields of dataclasses that are numbers, switches or names, as a config file has them."""
   hints = {name: t for owner in owners for name, t in typing.get_type_hints(owner).items()}
   plain = {
     n: next((k for k in (int, float, bool, str) if k in (t, *typing.get_args(t))), None)

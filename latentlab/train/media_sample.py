@@ -1,5 +1,6 @@
-"""Media drawn by a trained LatentLM: prompts in, images or sounds and texts out."""
+"""Media drawn by a trained model: prompts in, images or sounds and texts out."""
 
+import abc
 import dataclasses
 import logging
 import pathlib
@@ -39,11 +40,11 @@ class Drawn:
 
 
 @dataclasses.dataclass(frozen=True)
-class Generator:
-  """A trained model with its tokenizer.
+class Generator(abc.ABC):
+  """A trained model with its tokenizer; a base, of which models have their `runs`.
 
   Attributes:
-    task: A `LatentLMTask`.
+    task: The model's.
     params: Parameters of its model.
     data: Its data, of which prompts are made.
     batch_size: Rows that are drawn at once.
@@ -57,6 +58,16 @@ class Generator:
   @property
   def tokenizer(self) -> latents_lib.TrainedTokenizer:
     return latents_lib.load_tokenizer(self.task.config.data.tokenizer_run)
+
+  @abc.abstractmethod
+  def runs(
+    self,
+    prompts: Sequence[np.ndarray],
+    settings: SolverSettings,
+    keys: Key[Array, " B"],
+    **options: Any,
+  ) -> tuple[list[np.ndarray], list[str]]:
+    """Behind each prompt, latents `[n Z]` as the tokenizer has them, and a text."""
 
   def __call__(
     self,
@@ -73,26 +84,18 @@ class Generator:
       prompts: Tokens; see `data.mixed.Documents.prompt`.
       settings: How latents are drawn.
       key: Random key.
-      **options: Of `sample.generate_items`.
+      **options: Of the model's `runs`.
     """
-    model, m = self.task.model, self.task.modality
     runs, texts = [], []
-    options = {"max_items": self.longest + 1} | options
     keys = sample.row_keys(key, np.arange(len(prompts)))
     for start in range(0, len(prompts), self.batch_size):
       rows = list(prompts[start : start + self.batch_size])
       count = len(rows)
       rows += [rows[0]] * (min(self.batch_size, len(prompts)) - count)  # One program for all.
       here = keys[np.minimum(np.arange(start, start + len(rows)), len(prompts) - 1)]
-      items = [latent.prompt_items(model.config, p) for p in rows]
-      drawn = latent.generate_items(
-        model, self.params, items, settings=settings, key=here, **options
-      )
-      runs += latent.drawn_latents(drawn, m.name)[:count]
-      tokens = latent.drawn_tokens(drawn)[:count]
-      text = self.data.tokenizer
-      texts += [text.decode(t[t < model.config.text_vocab_size]) for t in tokens]
-    runs = [self._denormalize(run) for run in runs]
+      drawn, text = self.runs(rows, settings, here, **options)
+      runs += drawn[:count]
+      texts += text[:count]
     return Drawn(self.decode(runs), runs, [len(run) for run in runs], texts)
 
   def prompts(self, count: int) -> tuple[list[np.ndarray], np.ndarray]:
@@ -109,9 +112,7 @@ class Generator:
   @property
   def longest(self) -> int:
     """Latents of a run at most."""
-    return self.task.modality.num_latents or int(
-      max(split.lengths.max() for split in self.data.store.splits.values())
-    )
+    return int(max(split.lengths.max() for split in self.data.store.splits.values()))
 
   def decode(self, runs: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Media of runs of latents; those of short runs are cut accordingly."""
@@ -125,6 +126,19 @@ class Generator:
       for row, run in zip(self.tokenizer.decode(padded), part, strict=False):
         media.append(row[: len(run) * row.shape[0] // c.num_latents] if row.ndim == 2 else row)
     return media
+
+
+class LatentGenerator(Generator):
+  """A trained LatentLM with its tokenizer; options of its `runs` are `generate_items`'s."""
+
+  def runs(self, prompts, settings, keys, **options):
+    model, m = self.task.model, self.task.modality
+    options = {"max_items": self.longest + 1} | options
+    items = [latent.prompt_items(model.config, p) for p in prompts]
+    drawn = latent.generate_items(model, self.params, items, settings=settings, key=keys, **options)
+    runs = [self._denormalize(run) for run in latent.drawn_latents(drawn, m.name)]
+    text, size = self.data.tokenizer, model.config.text_vocab_size
+    return runs, [text.decode(t[t < size]) for t in latent.drawn_tokens(drawn)]
 
   def _denormalize(self, run: np.ndarray) -> np.ndarray:
     args = (self.task.modality.name, run)
@@ -151,7 +165,7 @@ def settings(section: ml_collections.ConfigDict, where: str = "config.sample") -
     raise ValueError(f"{where}: {e}") from e
 
 
-def check(config: ml_collections.ConfigDict, task: Any, data: LatentData) -> None:
+def check(config: ml_collections.ConfigDict) -> None:
   """Raises a `ValueError` where `config.sample` asks for what cannot be drawn."""
   if config.sample.num_samples < 0:
     raise ValueError(
@@ -160,21 +174,15 @@ def check(config: ml_collections.ConfigDict, task: Any, data: LatentData) -> Non
   settings(config.sample)
 
 
-def show(
-  config: ml_collections.ConfigDict,
-  task: Any,
-  params: Params,
-  data: LatentData,
-  workdir: pathlib.Path,
-) -> None:
+def show(config: ml_collections.ConfigDict, generator: Generator, workdir: pathlib.Path) -> None:
   """Writes a picture of images, or sounds, into the workdir's `samples/`."""
-  count = config.sample.num_samples
+  count, data = config.sample.num_samples, generator.data
   if not count:
     return
   if jax.process_count() > 1:
     logger.info("No sample here, where a run has several hosts: use experiments.generate.")
     return
-  generator = Generator(task, params, data, batch_size=min(count, 64))
+  generator = dataclasses.replace(generator, batch_size=min(count, generator.batch_size))
   prompts, _ = generator.prompts(count)
   drawn = generator(prompts, settings(config.sample), jax.random.key(config.seed))
   paths = write(drawn.media, workdir / "samples", columns(data, count), data.summary["sample_rate"])

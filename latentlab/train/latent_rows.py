@@ -1,0 +1,139 @@
+"""What tasks over rows of `data.mixed` share: noise of latents, prompts left out, samples."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from latentlab.data import Data
+from latentlab.models.latentlm import NOT_TRAINED
+from latentlab.ops.latents import Noise, to_sphere
+from latentlab.train import media_sample, optim
+from latentlab.train.state import axis_names
+from latentlab.train.task import Batch, Group, LossTerms
+from latentlab.typing import Array, Bool, Float, Key, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentRowsTask:
+  """A model over rows of tokens and latents; a base, of which tasks have their losses.
+
+  Attributes:
+    model: The model.
+    config: The experiment; reads `optimizer`, `train_steps`, `latents`, `data` and `sample`.
+  """
+
+  model: Any
+  config: ml_collections.ConfigDict
+
+  count = None  # Of objectives of several means; see `task.Group`.
+
+  @functools.cached_property
+  def groups(self) -> tuple[Group, ...]:
+    axes = axis_names(jax.eval_shape(self.init, jax.random.key(0)))
+    schedule = optim.make_schedule(self.config.optimizer, self.config.train_steps)
+    optimizer = optim.make_optimizer(self.config.optimizer, axes)
+    trainable = tuple(f"(?!{NOT_TRAINED}){p}" for p in self.config.task.trainable)
+    return (Group("model", self.loss, optimizer, schedule, trainable, self.count),)
+
+  @property
+  def seq_length(self) -> int:
+    return self.config.data.seq_length
+
+  @property
+  def items_per_step(self) -> int:
+    return self.config.batch_size * self.seq_length
+
+  def check_sample(self, data: Data) -> None:
+    media_sample.check(self.config)
+
+  def show_sample(self, params: Params, data: Data, workdir: pathlib.Path) -> None:
+    media_sample.show(self.config, self.generator(params, data), workdir)
+
+
+def mean_loss(
+  kind: str, name: str, sums: Mapping[str, Array], weights: Mapping[str, Array]
+) -> LossTerms:
+  """The terms of an objective that is one mean."""
+  total, weight = sums[kind], weights[kind]
+  return LossTerms(total, weight, {name: (total, jnp.maximum(weight, 1e-30))})
+
+
+def draw_latents(
+  batch: Batch,
+  name: str,
+  noise: Noise,
+  config: ml_collections.ConfigDict,
+  normalize: Callable[[Float[Array, "B T Z"]], Float[Array, "B T Z"]],
+  key: Key[Array, ""],
+) -> tuple[Float[Array, "B T Z"], Float[Array, "B T Z"]]:
+  """Normalised latents of the items that are read, and of those to be predicted.
+
+  An item that is both has the same noise in both places, and a document one scale, as an image or
+  clip has in its tokenizer.
+
+  Args:
+    batch: Of `data.mixed`.
+    name: Of the modality.
+    noise: What is added to means.
+    config: `config.latents`, of which `input` and `target` say where it is.
+    normalize: From the tokenizer's latents to the model's.
+    key: Random key.
+  """
+  means = batch[f"latents/{name}"], batch[f"next_latents/{name}"]
+  scale_key, noise_key = jax.random.split(key)
+  rows, length, dim = means[0].shape
+  draws = jax.random.normal(noise_key, (rows, length + 1, dim))
+  if noise.kind == "learned":
+    scales = batch[f"scales/{name}"], batch[f"next_scales/{name}"]
+  elif noise.kind == "gaussian_scale" and noise.per == "example":
+    of_documents = noise.draw_scales(scale_key, (rows, length + 1))
+    scale = jnp.take_along_axis(of_documents, batch["segment_ids"], axis=1)[..., None]
+    scales = scale, scale
+  elif noise.kind == "gaussian_scale":
+    scale = noise.draw_scales(scale_key, (rows, length + 1, 1))
+    scales = scale[:, :-1], scale[:, 1:]
+  else:
+    scales = noise.std, noise.std
+  noisy = [
+    mean + scale * drawn
+    for mean, scale, drawn in zip(means, scales, (draws[:, :-1], draws[:, 1:]), strict=True)
+  ]
+  if noise.on_sphere:
+    noisy = [to_sphere(x) for x in noisy]
+  sampled = (config.input == "sample", config.target == "sample")
+  chosen = [x if s else mean for x, s, mean in zip(noisy, sampled, means, strict=True)]
+  here, following = map(normalize, chosen)
+  return here, following
+
+
+def dropped_prompts(batch: Batch, rate: float, key: Key[Array, ""]) -> Bool[Array, "B T"]:
+  """Tokens of the prompts that are left out, each document's whole or not at all."""
+  rows, length = batch["inputs"].shape
+  drop = jax.random.bernoulli(key, rate, (rows, length + 1))
+  return jnp.take_along_axis(drop, batch["segment_ids"], axis=1) & batch["droppable"]
+
+
+def check_latents(config: ml_collections.ConfigDict) -> None:
+  """Raises a `ValueError` where fields of `config.latents` that tasks share are bad."""
+  c = config.latents
+  for name in ("input", "target"):
+    if name in c and c[name] not in ("sample", "mean"):
+      raise ValueError(f"config.latents.{name}={c[name]!r} must be 'sample' or 'mean'.")
+  if not 0 <= c.prompt_dropout < 1:
+    raise ValueError(f"config.latents.prompt_dropout={c.prompt_dropout} is not in [0, 1).")
+
+
+def built(
+  config: ml_collections.ConfigDict, summary: Mapping[str, Any]
+) -> ml_collections.ConfigDict:
+  """The config with what data were built with, where it leaves that to them."""
+  config = ml_collections.ConfigDict(config.to_dict())
+  config.data.seq_length = summary["seq_length"]
+  config.data.documents_per_row = summary["documents_per_row"]
+  return config
