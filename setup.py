@@ -14,8 +14,10 @@ _JAX = ">=0.10.1,<0.13"
 
 _EXTRAS = {
   "arrow": ["pyarrow>=20,<27"],
+  "audio": ["jiwer>=4,<5", "pystoi>=0.4,<0.5"],
   "cuda13": [f"jax[cuda13]{_JAX}"],
   "tpu": [f"jax[tpu]{_JAX}"],
+  "images": ["scikit-learn>=1.6,<2"],
   "interop": ["safetensors>=0.5,<1"],
   "logging": ["tensorboardX>=2.6.2,<3"],
   "notebooks": ["ipykernel>=6.29,<8", "jupyterlab>=4.3,<5"],
@@ -35,6 +37,8 @@ _EXTRAS["test"] = [
   "pytest-xdist>=3.6,<4",
   "ruff>=0.12,<1",
   *_EXTRAS["arrow"],
+  *_EXTRAS["audio"],
+  *_EXTRAS["images"],
   *_EXTRAS["interop"],
   *_EXTRAS["logging"],
 ]
@@ -62,6 +66,7 @@ setuptools.setup(
     "scipy>=1.17,<2",
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12,<0.13",
+    "pillow>=11,<14",
     "tokenizers>=0.21,<0.24",
     "tqdm>=4.66,<5",
   ],

@@ -4,10 +4,10 @@ import numpy as np
 
 from latentlab.data import latent_store, mixed
 from latentlab.data.latent_store import LatentItem
+from latentlab.layers.diffusion_head import DiffusionHeadConfig
 from latentlab.models import latentlm
 from latentlab.models.latentlm import ModalityConfig, SpecialTokens
 from latentlab.models.registry import build_config
-from latentlab.layers.diffusion_head import DiffusionHeadConfig
 
 NUM_CLASSES, DIM = 3, 2
 HEAD = DiffusionHeadConfig(depth=1, mlp_ratio=2.0, num_draws=2)

@@ -85,7 +85,7 @@ class Evaluator:
     prompts, labels = generator.prompts(self._count)
     drawn = generator(prompts, self._settings, jax.random.key(self._seed))
     labels = labels if self._data.store.meta["num_classes"] else None
-    found = generation_metrics(np.stack(drawn.media), labels, self._real, self._features)
+    found = generation_metrics(drawn.media, labels, self._real, self._features)
     names = {"frechet": "fd", "inception_score": "is"}
     yield from ((names.get(name, name), value) for name, value in found.items())
     yield "latent_std", float(np.concatenate(drawn.latents).std())
@@ -104,6 +104,6 @@ class Evaluator:
         if noise.kind == "learned":
           log_variances = 2 * np.log(np.stack([item.scales for item in means]))
         runs = list(np.asarray(sample_latents(key, np.stack(runs), noise, log_variances)))
-      media = np.stack(generator.decode(runs))
+      media = generator.decode(runs)
       found = generation_metrics(media, None, self._real, self._features)
       yield f"rfd_{name}", found["frechet"]

@@ -181,12 +181,20 @@ class LatentLM(nn.Module):
     self.language = LanguageModel(c.language)
     # No axis of theirs is the model's alone, so that a mesh need not divide a few channels.
     self.inputs = {
-      m.name: Projection((width,), (None, "embed"), init.mixer_in, shared.dtype)
+      m.name: Projection(
+        (width,), (None, "embed"), init.mixer_in, shared.dtype, name=f"{m.name}_input"
+      )
       for m in c.modalities
     }
     self.heads = {m.name: m.head.module(shared, m.dim, name=f"{m.name}_head") for m in c.modalities}
-    self.stops = {m.name: StopClassifier(shared) for m in c.modalities if m.stop == "classifier"}
-    self.normalizers = {m.name: Normalizer(m.mean, m.std) for m in c.modalities}
+    self.stops = {
+      m.name: StopClassifier(shared, name=f"{m.name}_stop")
+      for m in c.modalities
+      if m.stop == "classifier"
+    }
+    self.normalizers = {
+      m.name: Normalizer(m.mean, m.std, name=f"{m.name}_normalizer") for m in c.modalities
+    }
 
   def __call__(self, items: Items) -> Float[Array, "B T D"]:
     """Hidden vectors; initialises every part."""
@@ -322,7 +330,7 @@ class StopClassifier(nn.Module):
     return out(nn.silu(x).astype(jnp.float32))[..., 0]
 
 
-NOT_TRAINED = r".*normalizers_.*"
+NOT_TRAINED = r".*_normalizer/.*"
 """Paths of parameters that are measured."""
 
 
@@ -338,7 +346,7 @@ def num_params(config: LatentLMConfig) -> dict[str, int]:
   for path, leaf in jax.tree_util.tree_leaves_with_path(nn.unbox(shapes)["params"]):
     name = path[0].key
     if "normalizer" not in name:
-      group = "language" if name == "language" else "inputs" if "input" in name else "heads"
+      group = "language" if name == "language" else "inputs" if name.endswith("_input") else "heads"
       counts[group] += leaf.size
   return counts | {"total": sum(counts.values())}
 

@@ -1,0 +1,254 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import latent_cases as cases
+import ml_collections
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+from experiments.configs.latentlm import common
+from latentlab.layers.diffusion_head import DiffusionHeadConfig
+from latentlab.layers.latent_heads import MixtureHeadConfig, RegressionHeadConfig
+from latentlab.train import latent_rows, latent_task, partition
+from latentlab.train.state import unbox
+from latentlab.train.step import init_state, make_step
+
+
+def _config(condition="class", stop="fixed", head="diffusion", **latents):
+  c = common.latentlm(None, head=head)
+  c.model.update(num_layers=1, embed_dim=16, num_heads=2)
+  c.data.condition = condition
+  if head == "diffusion":
+    c.latents.head.update(depth=1, mlp_ratio=2.0, num_draws=2)
+  c.latents.update(stop=stop, **latents)
+  c.batch_size, c.train_steps, c.optimizer.warmup_steps = 4, 10, 1
+  return c
+
+
+def _case(tmp_path, condition="class", stop="fixed", head="diffusion", data=None, **latents):
+  """A task, its parameters with nothing at zero, and a batch."""
+  config = _config(condition, stop, head, **latents)
+  rows = cases.data(tmp_path / "s", condition, stop, batch_size=4, **(data or {}))
+  task = latent_task.build(config, rows.summary)
+  params = jax.jit(lambda k: unbox(task.init(k)))(jax.random.key(0))
+  leaves, tree = jax.tree.flatten_with_path(params)
+  moved = [
+    x if "normalizer" in str(path) else x + 0.1 * jax.random.normal(jax.random.key(i), x.shape)
+    for i, (path, x) in enumerate(leaves)
+  ]
+  batch = jax.tree.map(jnp.asarray, dict(next(rows.train_iterator(0))))
+  return task, jax.tree.unflatten(tree, moved), batch
+
+
+def _loss(task, params, batch):
+  key = jax.random.key(5)
+  terms = task.loss(params, batch, key, task.count(batch))
+  return terms.total / terms.weight
+
+
+def _grads(task, params, batch):
+  return jax.jit(jax.value_and_grad(lambda p: _loss(task, p, batch)))(params)
+
+
+def _size(tree):
+  return float(optax.tree.norm(tree))
+
+
+def test_latentlm_05_losses_at_the_start(tmp_path):
+  """A zero head predicts nothing: the loss is the target's variance, 1 of normalised latents."""
+  rows = cases.data(tmp_path / "s", batch_size=4, counts=(64,) * 48)
+  task = latent_task.build(_config(prompt_dropout=0.0), rows.summary)
+  params = jax.jit(lambda k: unbox(task.init(k)))(jax.random.key(0))
+  batch = next(rows.train_iterator(0))
+  assert _loss(task, params, jax.tree.map(jnp.asarray, dict(batch))) == pytest.approx(1.0, abs=0.2)
+
+
+@pytest.mark.parametrize("condition", ["text", "both"])
+def test_latentlm_11_each_loss_trains_its_own_head(tmp_path, condition):
+  task, params, batch = _case(tmp_path, condition, "token", data=dict(counts=(2,) * 6))
+  heads = lambda g: (_size(g["image_head"]), _size(g["language"]["head"]))
+  text_only = batch | {"next_kinds": jnp.zeros_like(batch["next_kinds"])}
+  latents_only = batch | {"weights": jnp.zeros_like(batch["weights"])}
+  for part, trained, still in ((text_only, 1, 0), (latents_only, 0, 1)):
+    loss, grads = _grads(task, params, part)
+    assert np.isfinite(loss) and heads(grads)[still] == 0 and heads(grads)[trained] > 0
+    assert np.isfinite(_size(grads)) and _size(grads["language"]["decoder"]) > 0
+
+
+def test_latentlm_11_nothing_masked_gets_through(tmp_path):
+  task, params, batch = _case(tmp_path, "text", "token", data=dict(counts=(2,) * 6))
+  want = _grads(task, params, batch)
+  bad = dict(batch)
+  for name, kinds in (("latents/image", "kinds"), ("next_latents/image", "next_kinds")):
+    bad[name] = jnp.where(batch[kinds][..., None] > 0, batch[name], jnp.nan)
+  got = _grads(task, params, bad)
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_normalisers_are_not_trained(tmp_path):
+  task, params, batch = _case(tmp_path)
+  _, grads = _grads(task, params, batch)
+  assert _size(grads["image_normalizer"]) == 0
+  state = jax.jit(lambda key: init_state(task, key))(jax.random.key(0))
+  for _ in range(2):
+    new, _ = jax.jit(make_step(task))(state, batch)
+    old, state = state, new
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    state.params["image_normalizer"],
+    old.params["image_normalizer"],
+  )
+  assert _size(jax.tree.map(jnp.subtract, state.params, old.params)) > 0
+
+
+def test_an_item_has_one_noise_where_it_is_read_and_where_it_is_drawn(tmp_path):
+  task, params, batch = _case(tmp_path, input="sample", target="sample")
+  here, following = jax.jit(task.draw_latents)(params, batch, jax.random.key(2))
+  np.testing.assert_array_equal(here[:, 1:], following[:, :-1])
+  again, _ = jax.jit(task.draw_latents)(params, batch, jax.random.key(3))
+  assert np.abs(again - here)[:, 1:].max() > 0.01
+
+
+def test_latentlm_13_a_document_has_one_scale(tmp_path):
+  """Two documents of a row: noise of each divided by its own root mean square is a normal one."""
+  data = dict(counts=(256,) * 8, documents_per_row=2, seq_length=512)
+  task, params, batch = _case(tmp_path, data=data)
+  mean, std = (float(params["image_normalizer"][n]) for n in ("mean", "std"))
+  found = []
+  draw = jax.jit(task.draw_latents)
+  for i in range(40):
+    _, z = draw(params, batch, jax.random.key(i))
+    noise = np.asarray(z) * std + mean - np.asarray(batch["next_latents/image"])
+    found.append(np.sqrt(np.square(noise).mean(-1)).reshape(4, 2, 256))
+  scales = np.sqrt(np.square(np.stack(found)).mean(-1)).ravel()
+  assert np.abs(scales).mean() == pytest.approx(0.5 * 0.9974, rel=0.1)
+  assert scales.std() > 0.2  # Of one scale for all it would be hundredths.
+
+
+@pytest.mark.parametrize(("input_", "target"), [("mean", "sample"), ("sample", "mean")])
+def test_means_may_be_read_or_predicted(tmp_path, input_, target):
+  task, params, batch = _case(tmp_path, input=input_, target=target)
+  here, following = jax.jit(task.draw_latents)(params, batch, jax.random.key(2))
+  apply = functools.partial(task.model.apply, {"params": params}, "image", method="normalize")
+  clean = apply(batch["latents/image"]), apply(batch["next_latents/image"])
+  same = [np.allclose(a, b, atol=1e-6) for a, b in zip((here, following), clean, strict=True)]
+  assert same == [input_ == "mean", target == "mean"]
+
+
+def test_learned_scales_are_the_encoders(tmp_path):
+  noise = dict(kind="learned", std=0.0, per="example", on_sphere=False)
+  task, params, batch = _case(tmp_path, data=dict(noise=noise, scales=True))
+  std = float(params["image_normalizer"]["std"])
+  draws = []
+  draw = jax.jit(task.draw_latents)
+  for i in range(200):
+    draws.append(draw(params, batch, jax.random.key(i))[1])
+  got = np.std(np.stack(draws), axis=0) * std
+  np.testing.assert_allclose(got, batch["next_scales/image"], rtol=0.35)
+
+
+def test_a_dropped_prompt_is_null_as_a_whole(tmp_path):
+  task, params, batch = _case(tmp_path, "text", "token", prompt_dropout=0.5)
+  drop = np.asarray(latent_rows.dropped_prompts(batch, 0.5, jax.random.key(1)))
+  droppable = np.asarray(batch["droppable"])
+  assert not drop[~droppable].any()
+  rows = [set(d[m].tolist()) for d, m in zip(drop, droppable, strict=True)]
+  assert all(len(r) == 1 for r in rows)
+  seen = [
+    bool(latent_rows.dropped_prompts(batch, 0.5, jax.random.key(i))[0].any()) for i in range(60)
+  ]
+  assert 10 < sum(seen) < 50
+
+
+def test_the_head_runs_for_latents_alone(tmp_path):
+  """Fewer places than the row has: the same sum, counted on the shapes that the head is given."""
+  data = dict(counts=(3,) * 6, documents_per_row=1, seq_length=16)
+  task, params, batch = _case(tmp_path, "text", "token", data=data)
+  shapes = []
+
+  def spy(next_fun, args, kwargs, context):
+    if context.method_name == "latent_losses":
+      shapes.append(args[1].shape)
+    return next_fun(*args, **kwargs)
+
+  with nn.intercept_methods(spy):
+    jax.eval_shape(lambda p: _loss(task, p, batch), params)
+  assert shapes == [(4, 3, 16)] and task.seq_length == 16
+
+
+def test_accumulation_divides_each_loss_by_its_own_count(tmp_path):
+  """Uneven rows: microbatches hold different shares of tokens and latents."""
+  task, _, batch = _case(tmp_path, "text", "token", prompt_dropout=0.0, head="regression")
+  # Microbatches draw other noise; without any, they are parts of the whole.
+  task = latent_task.LatentLMTask(task.model, task.config, task.noise.__class__("none", 0.0))
+  weights = batch["weights"].at[0].set(0.0)
+  batch = batch | {"weights": weights}
+  state = jax.jit(lambda key: init_state(task, key))(jax.random.key(0))
+  whole, a = jax.jit(make_step(task))(state, batch)
+  parts, b = jax.jit(make_step(task, accumulate_steps=2))(state, batch)
+  for name in ("loss", "token_loss", "latent_loss", "grad_norm"):
+    np.testing.assert_allclose(a[name], b[name], rtol=1e-4)
+
+
+@pytest.mark.parametrize("axes", [dict(data=4), dict(fsdp=2, tensor=2)], ids=str)
+def test_latentlm_17_sharded_training_equals_one_device(tmp_path, axes):
+  task, _, batch = _case(tmp_path, "text", "token")
+  batch = jax.tree.map(np.asarray, batch)
+  results = []
+  for sizes, count in ((dict(data=1), 1), (axes, 4)):
+    config = ml_collections.ConfigDict(task.config.to_dict())
+    config.mesh = sizes
+    trainer = partition.make_trainer(task, config, jax.devices()[:count])
+    state = trainer.init(jax.random.key(0))
+    for _ in range(3):
+      state, metrics = trainer.step(state, trainer.place(batch))
+    results.append(jax.device_get((state.params, metrics)))
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=2e-3, atol=2e-4), results[1], results[0]
+  )
+
+
+@pytest.mark.parametrize("stop", ["token", "classifier"])
+def test_where_a_run_ends_is_learnt(tmp_path, stop):
+  task, params, batch = _case(tmp_path, "class", stop, data=dict(counts=(2, 4, 3) * 2))
+  sums, weights = task.sums(params, batch, jax.random.key(0), deterministic=True)
+  kind = "tokens" if stop == "token" else "stops"
+  lengths = (np.asarray(batch["next_kinds"]) > 0).sum(1)
+  assert weights[kind] == (lengths + 1).sum() and weights["latents"] == lengths.sum()
+  step, state = jax.jit(make_step(task)), jax.jit(lambda k: init_state(task, k))(jax.random.key(0))
+  first = None
+  for _ in range(12):
+    state, metrics = step(state, batch)
+    loss = float(metrics["token_loss" if stop == "token" else "stop_loss"])
+    first = loss if first is None else first
+  assert loss < first
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (dict(input="noise"), "config.latents.input='noise' must be 'sample' or 'mean'"),
+    (dict(prompt_dropout=1.0), r"config.latents.prompt_dropout=1.0 is not in \[0, 1\)"),
+    (dict(loss_weight=0.0), "config.latents.loss_weight=0.0 must be positive"),
+    (dict(stop="bell"), "stop='bell'"),
+  ],
+)
+def test_bad_fields(tmp_path, change, message):
+  rows = cases.data(tmp_path / "s")
+  with pytest.raises(ValueError, match=message):
+    latent_task.build(_config(**change), rows.summary)
+
+
+def test_heads_by_name():
+  head = latent_task.build_head(dict(kind="diffusion", depth=2, prediction="epsilon", t_mean=None))
+  assert head == DiffusionHeadConfig(depth=2, diffusion=head.diffusion)
+  assert head.diffusion.prediction == "epsilon"
+  assert isinstance(latent_task.build_head(dict(kind="regression")), RegressionHeadConfig)
+  assert isinstance(latent_task.build_head(dict(kind="mixture")), MixtureHeadConfig)
+  with pytest.raises(ValueError, match="config.latents.head.kind='gan' is unknown"):
+    latent_task.build_head(dict(kind="gan"))
+  with pytest.raises(ValueError, match=r"fields that kind='regression' does not: \['schedule'\]"):
+    latent_task.build_head(dict(kind="regression", schedule="cosine"))
