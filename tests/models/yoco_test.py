@@ -95,7 +95,8 @@ def test_yoco_06_early_exit_by_tiles_is_full_prefill_bit_for_bit(variant):
     _prefill(model, params, tokens, lengths, early_exit=e, **options) for e in (True, False)
   )
   jax.tree.map(np.testing.assert_array_equal, early, full)
-  want = _logits(model, params, tokens)[[0, 1, 2], lengths - 1]
+  pairs = [_logits(model, params, tokens[np.array(rows)]) for rows in ([0, 1], [2, 2])]
+  want = jnp.concatenate(pairs)[jnp.arange(3), lengths - 1]
   np.testing.assert_allclose(early[0], want, rtol=2e-5, atol=2e-5)
 
 
@@ -106,12 +107,13 @@ def test_yoco_06_greedy_continuations_do_not_depend_on_early_exit(variant):
   sampler = token_sampler(greedy=True)
   options = dict(sampler=sampler, key=jax.random.key(0), max_new_tokens=8)
   got = generate(model, params, tokens, lengths, **options).tokens
+  text, rows = np.zeros((2, 21), np.int32), np.arange(2)
+  text[:, :9] = tokens
+  for i in range(8):
+    logits = _logits(model, params, jnp.asarray(text))
+    text[rows, lengths + i] = logits[rows, lengths + i - 1].argmax(-1)
   for row, n in enumerate(lengths):
-    text = list(np.asarray(tokens[row, :n]))
-    for _ in range(8):
-      padded = jnp.asarray(text + [0] * (20 - len(text)))[None]
-      text.append(int(_logits(model, params, padded)[0, len(text) - 1].argmax()))
-    np.testing.assert_array_equal(got[row], text[n:])
+    np.testing.assert_array_equal(got[row], text[row, n : n + 8])
 
 
 @pytest.mark.parametrize("cross_attention", ["attention", "diff_attention"])
@@ -128,11 +130,12 @@ def test_positions_of_an_earlier_pass_are_not_taken_for_slots(cross_attention):
 
 def test_yoco_06_prompt_log_probabilities_need_the_whole_cross_decoder():
   model, params = _model("gated")
-  tokens, lengths = _tokens(9), jnp.array([9, 5])
+  whole, lengths = _tokens(21), jnp.array([9, 5])
+  tokens = whole[:, :9]
   with pytest.raises(ValueError, match="early_exit=True"):
     score_prompts(model, params, tokens, early_exit=True)
   got, last, cache = jax.jit(score_prompts, static_argnums=0)(model, params, tokens, lengths)
-  logits = _logits(model, params, tokens)
+  logits = _logits(model, params, whole)[:, :9]
   want = jnp.take_along_axis(jax.nn.log_softmax(logits)[:, :-1], tokens[:, 1:, None], 2)[..., 0]
   want = jnp.where(jnp.arange(1, 9) < lengths[:, None], want, 0)
   np.testing.assert_allclose(got[:, 1:], want, atol=2e-5)
@@ -199,12 +202,12 @@ def test_yoco_07_cache_sizes_are_the_law(num_layers):
 
 def test_yoco_07_decoding_writes_one_row():
   model, params = _model("gated")
-  _, cache = _prefill(model, params, _tokens(9), max_length=12)
+  _, cache = _prefill(model, params, _tokens(9), np.array([9, 9]), max_length=21)
   _, after = _step(model, params, jnp.array([1, 2]), cache)
   for name in ("k", "v", "positions"):
     old, new = getattr(cache.shared, name), getattr(after.shared, name)
-    changed = np.asarray(old != new).reshape(2, 12, -1).any(-1)
-    np.testing.assert_array_equal(changed, np.arange(12) == [[9], [9]])
+    changed = np.asarray(old != new).reshape(2, 21, -1).any(-1)
+    np.testing.assert_array_equal(changed, np.arange(21) == [[9], [9]])
 
 
 @pytest.mark.parametrize("variant", ["gated", "diff_both"])
@@ -215,11 +218,13 @@ def test_yoco_08_shared_kernels_have_the_sum_of_all_layers_gradients(variant):
   weight = jax.random.normal(jax.random.key(2), (2, 8, VOCAB))
 
   @jax.jit
-  def loss(shared):
+  @jax.value_and_grad
+  def loss_and_gradient(shared):
     own = params | dict(decoder=params["decoder"] | dict(shared_kv=shared))
     return jnp.sum(weight * model.apply({"params": own}, tokens).logits)
 
-  grads = jax.jit(jax.grad(loss))(shared)
+  loss = lambda shared: loss_and_gradient(shared)[0]
+  _, grads = loss_and_gradient(shared)
   for name in ("k_proj", "v_proj"):
     kernel = shared[name]["kernel"]
     direction = jax.random.normal(jax.random.key(3), kernel.shape)
@@ -232,7 +237,7 @@ def test_yoco_08_shared_kernels_have_the_sum_of_all_layers_gradients(variant):
 
 
 def test_yoco_05_no_token_sees_a_later_one():
-  tokens = _tokens(12)
+  tokens = _tokens(21)
   for variant in ("gated", "window", "diff_both", "unstacked", "interleaved"):
     model, params = _model(variant)
     other = tokens.at[:, 7].set((tokens[:, 7] + 1) % VOCAB)
@@ -242,14 +247,15 @@ def test_yoco_05_no_token_sees_a_later_one():
 
 
 def test_packed_documents_are_rows_of_their_own():
-  tokens = _tokens(13, batch=1)
+  rows = _tokens(21)  # Of which the first 5 and the first 8 are documents.
+  tokens = jnp.concatenate([rows[0, :5], rows[1, :8]])[None]
   ids = jnp.array([[1] * 5 + [2] * 8])
   for variant in ("gated", "diff_both", "unstacked"):
     model, params = _model(variant)
-    run = jax.jit(lambda p, t, **k: model.apply({"params": p}, t, **k).logits)  # noqa: B023
-    packed = run(params, tokens, segment_ids=ids)
-    np.testing.assert_allclose(packed[:, :5], run(params, tokens[:, :5]), atol=2e-5)
-    np.testing.assert_allclose(packed[:, 5:], run(params, tokens[:, 5:]), atol=2e-5)
+    run = jax.jit(lambda p: model.apply({"params": p}, tokens, segment_ids=ids).logits)  # noqa: B023
+    packed, alone = run(params)[0], _logits(model, params, rows)
+    np.testing.assert_allclose(packed[:5], alone[0, :5], atol=2e-5)
+    np.testing.assert_allclose(packed[5:], alone[1, :8], atol=2e-5)
 
 
 # Non-embedding parameters; the papers' D, L and heads are the presets'.
@@ -279,7 +285,7 @@ def test_yoco_10_every_ratio_is_built(num_self_layers):
 
 
 def test_yoco_10_a_feed_forward_of_3d_has_a_transformers_parameters():
-  """Exactly with a window's projections; 4 % more with gated retention's (of projections)."""
+  """Exactly with a window's projections; 6 % more with gated retention's, of 12 layers."""
   sizes = dict(num_layers=12, embed_dim=768, num_heads=12)
   body = lambda **fields: num_params(build_config(sizes | fields, 100))["body"]
   transformer = 12 * 12 * 768**2
@@ -288,7 +294,7 @@ def test_yoco_10_a_feed_forward_of_3d_has_a_transformers_parameters():
   assert window == transformer + 2 * 768**2
   gated = body(name="yoco", num_self_heads=3)
   assert gated == window + 6 * (768**2 + 768 * 3)
-  assert round(gated / transformer, 2) == 1.06 or round(gated / transformer, 2) == 1.04
+  assert round(gated / transformer, 2) == 1.06
 
 
 @pytest.mark.parametrize(
