@@ -6,6 +6,10 @@ Text goes to stdout as it is drawn, all else to stderr. Every prompt starts a do
 where the model starts the next one. A sample depends on `--seed`, its prompt's place and its own
 number, and on nothing else that is drawn beside it. `--model=mask=blockwise_causal` lets a model go
 on beyond the length that it was trained at, in a cache of that length.
+
+A model over latents draws images or sounds, and writes captions (`experiments/generate_media.py`):
+
+  python -m experiments.generate --workdir=runs/quickstart_latent --classes=3,7 --num_samples=8
 """
 
 import json
@@ -20,7 +24,7 @@ import numpy as np
 import tqdm
 from absl import flags
 
-from experiments import model_flag
+from experiments import generate_media, model_flag
 from latentlab import app, sample
 from latentlab.train import loop
 
@@ -50,7 +54,9 @@ _PREFILL_SIZE = flags.DEFINE_integer(
   lower_bound=0,
 )
 _STREAM = flags.DEFINE_bool("stream", True, "Writes text while it is drawn, not at the end.")
-_OUTPUT = flags.DEFINE_string("output", None, "A .jsonl file for the samples.")
+_OUTPUT = flags.DEFINE_string(
+  "output", None, "A .jsonl file for samples of text; a folder for images and sounds."
+)
 _FLAGS = (
   _PROMPT,
   _PROMPT_FILE,
@@ -68,14 +74,21 @@ _FLAGS = (
   _PREFILL_SIZE,
   _STREAM,
   _OUTPUT,
+  *generate_media.FLAGS,
 )
 
 logger = logging.getLogger("latentlab.generate")
 
 
 def main(config: ml_collections.ConfigDict | None, workdir: str) -> None:
-  prompts = _prompts()
   sampler = _sampler()
+  if (config or loop.read_config(workdir)).task.type != "language_model":
+    _draw_media(config, workdir, sampler)
+    return
+  for flag in generate_media.FLAGS:
+    if flag.value:
+      raise ValueError(f"--{flag.name}={flag.value} is of models over latents; leave it out.")
+  prompts = _prompts()
   if _OUTPUT.value and not pathlib.Path(_OUTPUT.value).parent.is_dir():
     raise ValueError(f"--output={_OUTPUT.value!r} lies in no existing folder; make it first.")
   run = loop.load(workdir, config, step=_STEP.value, model=model_flag.fields(config, workdir))
@@ -106,6 +119,25 @@ def main(config: ml_collections.ConfigDict | None, workdir: str) -> None:
       for p, s, fields in zip(each.tolist(), number.tolist(), drawn, strict=True):
         line = {"prompt": prompts[p], "sample": s, **fields, "step": run.step, "seed": _SEED.value}
         f.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _draw_media(
+  config: ml_collections.ConfigDict | None, workdir: str, sampler: sample.TokenSampler
+) -> None:
+  run = loop.load(workdir, config, step=_STEP.value)
+  if not hasattr(run.task, "generator"):
+    raise ValueError(f"{workdir!r} trained {run.config.task.type!r}, which draws nothing.")
+  generate_media.main(
+    run,
+    workdir,
+    prompts=_prompts() if _PROMPT.value or _PROMPT_FILE.value else [],
+    num_samples=_NUM_SAMPLES.value,
+    num_tokens=_NUM_TOKENS.value,
+    tokens=sampler,
+    temperature=_TEMPERATURE.value,
+    seed=_SEED.value,
+    output=_OUTPUT.value,
+  )
 
 
 def _prompts() -> list[str]:

@@ -125,6 +125,14 @@ class Documents:
       raise ValueError("this model writes captions and reads none: give no text")
     return np.concatenate([[self.tokenizer.bos_id], self._text(text or ""), begin])
 
+  def captioned(self, count: int) -> np.ndarray:
+    """The tokens before a caption: a whole run of `count` latents, closed."""
+    special = self.tokens
+    run = [special.latent(self.modality)] * count
+    return np.array(
+      [self.tokenizer.bos_id, special.begin(self.modality), *run, special.end(self.modality)]
+    )
+
   def make(self, item: LatentItem, caption_first: bool) -> Document:
     """The document of an item."""
     count, latent = len(item.means), self.tokens.latent(self.modality)
@@ -136,7 +144,7 @@ class Documents:
       head = self.prompt(text=item.caption)
       tail = np.array([self.tokens.end(self.modality), self.tokenizer.bos_id])
     else:
-      head = np.array([self.tokenizer.bos_id, self.tokens.begin(self.modality)])
+      head = self.captioned(0)[:-1]
       end = [self.tokens.end(self.modality)]
       tail = np.concatenate([end, self._text(item.caption), [self.tokenizer.bos_id]])
     tokens = np.concatenate([head, run, tail])

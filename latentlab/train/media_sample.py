@@ -17,7 +17,7 @@ from latentlab.data.mixed import LatentData
 from latentlab.layers.latent_heads import SolverSettings
 from latentlab.sample import latent
 from latentlab.train import latents as latents_lib
-from latentlab.typing import Array, Key, Params
+from latentlab.typing import Array, Float, Key, Params
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +139,48 @@ class LatentGenerator(Generator):
     runs = [self._denormalize(run) for run in latent.drawn_latents(drawn, m.name)]
     text, size = self.data.tokenizer, model.config.text_vocab_size
     return runs, [text.decode(t[t < size]) for t in latent.drawn_tokens(drawn)]
+
+  def captions(
+    self,
+    media: Float[np.ndarray, "B ..."],
+    key: Key[Array, ""],
+    max_tokens: int,
+    tokens: sample.TokenSampler | None = None,
+  ) -> list[str]:
+    """Texts of media, of which the model reads the latents' means.
+
+    Args:
+      media: Images or sounds, as the tokenizer takes them.
+      key: Random key.
+      max_tokens: Of a text at most.
+      tokens: How tokens are drawn.
+
+    Raises:
+      ValueError: the model was not trained to write texts of media.
+    """
+    documents, model, m = self.data.documents, self.task.model, self.task.modality
+    if documents.condition not in ("caption", "both"):
+      raise ValueError(
+        f"data.condition={documents.condition!r} trains no captions; 'caption' or 'both' does."
+      )
+    means, _ = self.tokenizer.posterior(media)
+    tokens_of = documents.captioned(means.shape[1])
+    variables = {"params": self.params}
+    normal = np.asarray(model.apply(variables, m.name, means, method="normalize"))
+    prompts = [latent.prompt_items(model.config, tokens_of, {m.name: z}) for z in normal]
+    bos = documents.tokenizer.bos_id
+    drawn = latent.generate_items(
+      model,
+      self.params,
+      prompts,
+      key=key,
+      max_items=max_tokens,
+      settings=SolverSettings(),
+      tokens=tokens,
+      ends_with_run=False,
+      stop_tokens=(bos,),
+    )
+    return [documents.tokenizer.decode(t[t < 256]) for t in latent.drawn_tokens(drawn)]
 
   def _denormalize(self, run: np.ndarray) -> np.ndarray:
     args = (self.task.modality.name, run)

@@ -1,0 +1,137 @@
+"""What `experiments.generate` does with a model over latents: images, sounds, and captions of them.
+
+Written are `images.png` (a row of samples for each prompt) or a wav file for each sample, and
+`samples.jsonl`, which says what was asked for.
+"""
+
+import json
+import logging
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from latentlab import sample
+from latentlab.data import images
+from latentlab.layers.latent_heads import SolverSettings
+from latentlab.train import media_sample
+
+CLASSES = flags.DEFINE_list(
+  "classes", None, "Classes to draw, by name or number; all of them in turn if not given."
+)
+CAPTION = flags.DEFINE_multi_string("caption", [], "An image file to write a text for.")
+GUIDANCE = flags.DEFINE_float("guidance", None, "Scale of classifier-free guidance; 1 is none.")
+NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Steps of the head's solver.", lower_bound=1)
+SOLVER = flags.DEFINE_string("solver", None, "Solver of the head: dpm_2m, ddim, sde_2m, ...")
+FLAGS = (CLASSES, CAPTION, GUIDANCE, NUM_STEPS, SOLVER)
+
+logger = logging.getLogger("latentlab.generate")
+
+
+def main(
+  run: Any,
+  workdir: str,
+  *,
+  prompts: list[str],
+  num_samples: int,
+  num_tokens: int,
+  tokens: sample.TokenSampler,
+  temperature: float | None,
+  seed: int,
+  output: str | None,
+) -> None:
+  """Draws and writes what the flags ask for.
+
+  Args:
+    run: A `loop.Trained`.
+    workdir: Of the run.
+    prompts: Texts of `--prompt`.
+    num_samples: Of each prompt.
+    num_tokens: Of a caption at most.
+    tokens: Draws text.
+    temperature: Of the noise that the solver starts from; the run's own if `None`.
+    seed: Of the samples.
+    output: Folder; `samples` of the workdir if `None`.
+
+  Raises:
+    ValueError: the flags ask for what the model does not do.
+  """
+  generator = run.task.generator(run.params, run.data)
+  logger.info("Sampling from step %d of %s.", run.step, workdir)
+  if CAPTION.value:
+    if prompts or CLASSES.value:
+      raise ValueError("--caption writes texts of images: leave --prompt and --classes out.")
+    _write_captions(generator, num_tokens, tokens, seed)
+    return
+  asked = _asked(run.data, prompts)
+  each = [a for a in asked for _ in range(num_samples)]
+  key = jax.random.key(seed)
+  drawn = generator([tokens for _, tokens in each], _settings(run.config.sample, temperature), key)
+  folder = pathlib.Path(output or pathlib.Path(workdir) / "samples")
+  columns = num_samples if num_samples > 1 else media_sample.columns(run.data, len(each))
+  rate = run.data.summary["sample_rate"]
+  paths = media_sample.write(drawn.media, folder, columns, rate)
+  lines = [
+    dict(what | {"sample": i % num_samples, "seed": seed, "step": run.step, "latents": length})
+    for i, ((what, _), length) in enumerate(zip(each, drawn.lengths, strict=True))
+  ]
+  listing = folder / "samples.jsonl"
+  listing.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+  for path in (*paths, listing):
+    print(path)
+
+
+def _asked(data: Any, prompts: list[str]) -> list[tuple[dict[str, Any], np.ndarray]]:
+  """What to draw, and the tokens that ask for it."""
+  documents, names = data.documents, list(data.store.meta["class_names"])
+  if documents.condition in ("class", "none"):
+    if prompts:
+      raise ValueError(
+        f"--prompt={prompts[0]!r} is a text, and this model draws from classes; choose --classes "
+        f"among {names}."
+      )
+    if documents.condition == "none":
+      return [({}, documents.prompt(0))]
+    wanted = names if CLASSES.value is None else CLASSES.value
+    return [({"class": name}, documents.prompt(_class(name, names))) for name in wanted]
+  if CLASSES.value is not None:
+    raise ValueError(f"--classes={CLASSES.value}: this model draws from texts; give --prompt.")
+  texts = prompts or [""]
+  return [({"prompt": text}, documents.prompt(text=text)) for text in texts]
+
+
+def _class(name: str, names: list[str]) -> int:
+  if name in names:
+    return names.index(name)
+  if name.isdigit() and int(name) < len(names):
+    return int(name)
+  raise ValueError(f"--classes has {name!r}; choose among {names}, or their numbers from 0.")
+
+
+def _settings(section: Any, temperature: float | None) -> SolverSettings:
+  given = dict(guidance=GUIDANCE.value, num_steps=NUM_STEPS.value, solver=SOLVER.value)
+  given["temperature"] = temperature
+  section = section.copy_and_resolve_references()
+  for name, value in given.items():
+    if value is not None:
+      section[name] = value
+  return media_sample.settings(section, "--guidance, --num_steps, --solver or --temperature")
+
+
+def _write_captions(generator: Any, num_tokens: int, tokens: Any, seed: int) -> None:
+  collection = generator.data.media.splits["train"].collection
+  if collection.kind != "image":
+    raise ValueError("--caption is of images, and this model is of sounds.")
+  media = []
+  for path in CAPTION.value:
+    try:
+      content = pathlib.Path(path).read_bytes()
+    except OSError as e:
+      raise ValueError(f"--caption={path!r} cannot be read: {e.strerror}.") from e
+    image = images.decode(content, path, collection.shape[-1])
+    media.append(collection.transform(image, None))
+  texts = generator.captions(np.stack(media), jax.random.key(seed), num_tokens, tokens)
+  for path, text in zip(CAPTION.value, texts, strict=True):
+    print(json.dumps({"image": path, "text": text}, ensure_ascii=False))
