@@ -68,7 +68,8 @@ def draw_latents(
   batch: Batch,
   name: str,
   noise: Noise,
-  config: ml_collections.ConfigDict,
+  read: str,
+  target: str,
   normalize: Callable[[Float[Array, "B T Z"]], Float[Array, "B T Z"]],
   key: Key[Array, ""],
 ) -> tuple[Float[Array, "B T Z"], Float[Array, "B T Z"]]:
@@ -81,7 +82,8 @@ def draw_latents(
     batch: Of `data.mixed`.
     name: Of the modality.
     noise: What is added to means.
-    config: `config.latents`, of which `input` and `target` say where it is.
+    read: Whether items are read as a `sample` or as their `mean`.
+    target: Whether they are to be predicted as one.
     normalize: From the tokenizer's latents to the model's.
     key: Random key.
   """
@@ -106,7 +108,7 @@ def draw_latents(
   ]
   if noise.on_sphere:
     noisy = [to_sphere(x) for x in noisy]
-  sampled = (config.input == "sample", config.target == "sample")
+  sampled = (read == "sample", target == "sample")
   chosen = [x if s else mean for x, s, mean in zip(noisy, sampled, means, strict=True)]
   here, following = map(normalize, chosen)
   return here, following

@@ -139,7 +139,8 @@ class LatentLMTask(LatentRowsTask):
     """Normalised latents of the items that are read, and of those to be predicted."""
     name, variables = self.modality.name, {"params": params}
     normalize = lambda x: self.model.apply(variables, name, x, method="normalize")
-    return latent_rows.draw_latents(batch, name, self.noise, self.config.latents, normalize, key)
+    args = (self.config.latents.input, self.config.latents.target, normalize, key)
+    return latent_rows.draw_latents(batch, name, self.noise, *args)
 
   def _latent_sum(self, apply, hidden, following, batch: Batch, key) -> Float[Array, ""]:
     """Summed losses of the latents to be predicted, for which alone the head is run."""

@@ -5,10 +5,11 @@ from typing import Any
 
 import ml_collections
 
-from latentlab.train import latent_task, tokenizer_task
+from latentlab.train import dit_task, latent_task, tokenizer_task
 from latentlab.train.task import RunTask, build_language_model
 
 TASKS = {
+  "dit": lambda config, _, summary: dit_task.build(config, summary),
   "language_model": lambda config, vocab_size, _: build_language_model(config, vocab_size),
   "latent_tokenizer": lambda config, _, __: tokenizer_task.build(config),
   "latentlm": lambda config, _, summary: latent_task.build(config, summary),

@@ -9,8 +9,10 @@ from ml_collections import config_dict
 from experiments.configs import common
 from latentlab.data.media import MediaConfig
 from latentlab.data.mixed import LatentDataConfig
+from latentlab.layers.diffusion_head import Diffusion
 from latentlab.models.latent_tokenizer import fields as latent_tokenizer_fields
-from latentlab.train.latent_task import head_fields
+from latentlab.train import dit_task
+from latentlab.train.latent_task import head_fields, plain_fields
 from latentlab.train.tokenizer_losses import Objective
 
 
@@ -52,16 +54,8 @@ def latentlm(
     seed: Of both runs.
     head: Kind of the head.
   """
-  c = common.run(seed=seed)
-  c.task = dict(type="latentlm", trainable=(".*",))
-  c.model = common.model(
-    "transformer", num_layers=3, embed_dim=64, num_heads=4, feed_forward="swiglu", init="fan_in"
-  )
-  fields = {f.name: f.default for f in dataclasses.fields(LatentDataConfig) if f.name != "media"}
-  c.data = ml_collections.ConfigDict(fields)
-  c.data.media = (
-    media("digits") if tokenizer is None else tokenizer.data.copy_and_resolve_references()
-  )
+  c = _over_latents(tokenizer, "latentlm", seed)
+  c.model = _backbone()
   c.latents = dict(
     head=ml_collections.ConfigDict({"kind": head}),
     stop="fixed",
@@ -72,12 +66,55 @@ def latentlm(
   )
   for name, kind in head_fields(head).items():
     c.latents.head[name] = config_dict.placeholder(kind)
+  return common.lock(c)
+
+
+def dit(
+  tokenizer: ml_collections.ConfigDict | None, *, seed: int = 0, **values: Any
+) -> ml_collections.ConfigDict:
+  """Defaults of a DiT over a tokenizer's latents, about as large as `latentlm`'s model.
+
+  Args:
+    tokenizer: As of `latentlm`.
+    seed: Of both runs.
+    **values: Fields of `config.model`.
+  """
+  c = _over_latents(tokenizer, "dit", seed)
+  c.model = ml_collections.ConfigDict(dict(name="dit", preset=config_dict.placeholder(str)))
+  for field, kind in dit_task.model_fields().items():
+    c.model[field] = config_dict.placeholder(kind)
+  c.model.update(dict(num_layers=3, embed_dim=64, num_heads=4, init="fan_in") | values)
+  c.latents = dict(
+    diffusion=ml_collections.ConfigDict(), stop="fixed", prompt_dropout=0.1, target="sample"
+  )
+  for field, kind in plain_fields(Diffusion).items():
+    c.latents.diffusion[field] = config_dict.placeholder(kind)
+  return common.lock(c)
+
+
+def _over_latents(
+  tokenizer: ml_collections.ConfigDict | None, task: str, seed: int
+) -> ml_collections.ConfigDict:
+  """What runs over a tokenizer's latents have in common, whatever is trained on them."""
+  c = common.run(seed=seed)
+  c.task = dict(type=task, trainable=(".*",))
+  fields = {f.name: f.default for f in dataclasses.fields(LatentDataConfig) if f.name != "media"}
+  c.data = ml_collections.ConfigDict(fields)
+  c.data.media = (
+    media("digits") if tokenizer is None else tokenizer.data.copy_and_resolve_references()
+  )
   c.sample = dict(num_samples=40, solver="dpm_2m", num_steps=20, guidance=1.0, temperature=1.0)
   c.tokenizer = ml_collections.ConfigDict() if tokenizer is None else tokenizer
   c.optimizer.update(peak_lr=2e-3, weight_decay=0.01, ema_decay=0.999, warmup_steps=100)
   c.batch_size = 64
   c.evals.validation = dict(type="items", split="validation", every_steps=500, max_batches=0)
-  return common.lock(c)
+  return c
+
+
+def _backbone() -> ml_collections.ConfigDict:
+  return common.model(
+    "transformer", num_layers=3, embed_dim=64, num_heads=4, feed_forward="swiglu", init="fan_in"
+  )
 
 
 def generation(every_steps: int, **values: Any) -> dict[str, Any]:
@@ -94,7 +131,8 @@ def smoke(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     c.data.media = c.tokenizer.data.copy_and_resolve_references()
   sizes = dict(num_layers=1, embed_dim=32, num_heads=2)
   c.model.update({field: size for field, size in sizes.items() if field in c.model})
-  c.latents.head.update({"depth": 1} if "depth" in c.latents.head else {})
+  if "depth" in c.latents.get("head", {}):
+    c.latents.head.depth = 1
   c.batch_size = 8
   c.optimizer.warmup_steps = 2
   c.train_steps, c.log_steps, c.checkpoint_steps = 8, 2, 4
