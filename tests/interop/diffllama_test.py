@@ -41,7 +41,7 @@ def _export(**changes):
 
 
 @pytest.mark.parametrize("changes", [{}, dict(tie_embeddings=True), dict(num_kv_heads=1)], ids=str)
-def test_our_layout_goes_there_and_back(changes):
+def test_diff_06_our_layout_goes_there_and_back(changes):
   config, params, state = _export(**changes)
   told = file.fields(file.make(config)) | dict(head_layout="neighbour", rope_layout="interleaved")
   back = load(state, told)

@@ -285,6 +285,28 @@ def test_every_position_scheme_composes(kind):
   np.testing.assert_array_equal(same[:, :7], run(params, x)[:, :7])
 
 
+@pytest.mark.parametrize("layout", ["interleaved", "half"])
+def test_diff_06_both_maps_see_distances_alone(layout):
+  """All positions moved by as much change nothing; the same tokens at other distances do."""
+  mixer = dataclasses.replace(V1, positions=PositionConfig("rope", layout=layout))
+  config = _decoder(mixer)
+  params, x = _init(config)
+
+  @jax.jit
+  def run(positions):
+    (out, _), sown = Decoder(config).apply({"params": params}, x, positions, mutable=["maps"])
+    maps = sown["maps"]["stage_0"]["block_0"]["mixer"]["maps"][0]
+    return out, jnp.where(maps.visible, maps.logits, 0).swapaxes(0, 2)  # Heads of both maps first.
+
+  positions = jnp.broadcast_to(jnp.arange(LENGTH), x.shape[:2])
+  (want, logits), (moved, _), (_, stretched) = (
+    run(p) for p in (positions, positions + 1000, 2 * positions)
+  )
+  np.testing.assert_allclose(moved, want, atol=2e-4)
+  assert len(logits) == 2 * V1.num_heads
+  assert (np.abs(logits - stretched).max((1, 2, 3, 4)) > 1e-2).all()
+
+
 @pytest.mark.parametrize(
   "fields, message",
   [

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from latentlab.layers import RingCache
+from latentlab.layers import AttentionConfig, Context, RingCache, Shared, initializers
 from latentlab.models import (
   LanguageModel,
   build_config,
@@ -21,6 +21,7 @@ from latentlab.models import (
   score_prompts,
   unstack,
 )
+from latentlab.ops import Mask
 from latentlab.sample import generate, token_sampler
 
 VOCAB = 23
@@ -244,6 +245,29 @@ def test_yoco_05_no_token_sees_a_later_one():
     a, b = (_logits(model, params, t) for t in (tokens, other))
     np.testing.assert_array_equal(a[:, :7], b[:, :7])
     assert (np.abs(a[:, 7:] - b[:, 7:]).max((0, 2)) > 0).all()
+
+
+def test_yoco_04_a_window_ends_where_it_says():
+  """Key `i - C + 1` is the oldest that query `i` sees; a window as long as the text is causal."""
+  x = jax.random.normal(jax.random.key(2), (1, 11, 16))
+  shared = Shared(16, jnp.float32, initializers.make("fan_in", num_layers=1, embed_dim=16))
+
+  def layer(mask):
+    return AttentionConfig(4, 4, num_kv_heads=2, mask=mask).module(shared, name="mixer")
+
+  def outputs(mask, x):
+    return layer(mask).apply({"params": params}, x, context)[0][0]
+
+  context = Context(jnp.arange(11)[None], in_place=True)
+  params = nn.unbox(layer(Mask("causal")).init(jax.random.key(1), x, context))["params"]
+  window = Mask("sliding_window", 4)
+  influence = jax.jit(jax.jacobian(functools.partial(outputs, window)))(x)[:, :, 0]  # T D S D
+  distance = np.arange(11)[:, None] - np.arange(11)
+  np.testing.assert_array_equal(np.abs(influence).max((1, 3)) > 0, (distance >= 0) & (distance < 4))
+  for size in (11, 20):
+    got = outputs(Mask("sliding_window", size), x)
+    np.testing.assert_allclose(got, outputs(Mask("causal"), x), atol=1e-5)
+  assert np.abs(outputs(window, x) - outputs(Mask("causal"), x)).max() > 1e-2
 
 
 def test_packed_documents_are_rows_of_their_own():

@@ -62,7 +62,7 @@ def _unsharded(lam, padded, window):
   ],
   ids=str,
 )
-def test_sharded_equals_unsharded(mesh, spec, lam, padded, window):
+def test_diff_09_sharded_equals_unsharded(mesh, spec, lam, padded, window):
   """Outputs, and the gradients of lambda and of the gain, to which every device adds."""
   args, options, want = _unsharded(lam, padded, window)
   with jax.set_mesh(mesh):

@@ -42,8 +42,8 @@ class TestDiffAttention(DiffAttentionSuite):
     gpu_compile.require_interpreter()
 
   @pytest.mark.parametrize("blocks,more", [(0, 7), _slow(0, 1), _slow(1, 0), _slow(1, 1)])
-  def test_any_length(self, blocks, more):
-    super().test_any_length(blocks, more)
+  def test_diff_04_any_length(self, blocks, more):
+    super().test_diff_04_any_length(blocks, more)
 
   @pytest.mark.parametrize("lam", [_slow("scalar"), _slow("token")])
   def test_lambdas(self, lam):
@@ -52,8 +52,8 @@ class TestDiffAttention(DiffAttentionSuite):
   @pytest.mark.parametrize(
     "heads,kv_heads,shared", [_slow(4, 2, False), (3, 1, False), (4, 2, True)]
   )
-  def test_shares_key_heads(self, heads, kv_heads, shared):
-    super().test_shares_key_heads(heads, kv_heads, shared)
+  def test_diff_05_shares_key_heads(self, heads, kv_heads, shared):
+    super().test_diff_05_shares_key_heads(heads, kv_heads, shared)
 
   @pytest.mark.parametrize("lam", [_slow("head"), "token"])
   def test_headwise_norm(self, lam):
@@ -99,12 +99,12 @@ class TestDiffAttention(DiffAttentionSuite):
     super().test_documents_of_the_keys()
 
   @pytest.mark.slow
-  def test_gradient_of_lambda_is_the_second_maps_row_terms(self):
-    super().test_gradient_of_lambda_is_the_second_maps_row_terms()
+  def test_diff_03_gradient_of_lambda_is_the_second_maps_row_terms(self):
+    super().test_diff_03_gradient_of_lambda_is_the_second_maps_row_terms()
 
   @pytest.mark.slow
-  def test_split_keys_change_nothing(self):
-    super().test_split_keys_change_nothing()
+  def test_diff_07_split_keys_change_nothing(self):
+    super().test_diff_07_split_keys_change_nothing()
 
   @pytest.mark.parametrize("window,num_splits,shared", [(None, 2, False), (100, 5, True)])
   def test_decoding_by_parts_of_a_padded_cache(self, window, num_splits, shared):

@@ -156,7 +156,7 @@ class DiffAttentionSuite:
       assert relative_error(a, b) <= bound, name
 
   @pytest.mark.parametrize("blocks,more", [(0, 1), (0, 7), (1, 0), (1, 1), (3, 5)])
-  def test_any_length(self, blocks, more):
+  def test_diff_04_any_length(self, blocks, more):
     self.check(self.case(blocks * self.block + more))
 
   @pytest.mark.parametrize("lam", ["scalar", "token"])
@@ -164,7 +164,7 @@ class DiffAttentionSuite:
     self.check(self.case(self.block + 3, lam=lam))
 
   @pytest.mark.parametrize("heads,kv_heads,shared", [(4, 2, False), (3, 1, False), (4, 2, True)])
-  def test_shares_key_heads(self, heads, kv_heads, shared):
+  def test_diff_05_shares_key_heads(self, heads, kv_heads, shared):
     case = self.case(self.block + 3, heads=heads, kv_heads=kv_heads, shared_keys=shared)
     self.check(dataclasses.replace(case, lam="token"))
 
@@ -218,7 +218,7 @@ class DiffAttentionSuite:
     case = self.case(3 * self.block + 12, dtype="bfloat16", norm=norm)
     self.check(dataclasses.replace(case, head_dim=60, value_dim=24, lam="scalar"))
 
-  def test_extreme_logits(self):
+  def test_diff_09_extreme_logits(self):
     """Scores of +-1e4, lambdas above one: exact where one key outweighs all, finite everywhere."""
     case = self.case(self.block + 3, sharpness=1e4, lam="head")
     q, k, v, _ = case.args()
@@ -232,7 +232,7 @@ class DiffAttentionSuite:
     for name, grad in zip(NAMES, grads, strict=False):
       assert np.isfinite(np.asarray(grad, np.float32)).all(), name
 
-  def test_lambda_zero_is_plain_attention(self):
+  def test_diff_02_lambda_zero_is_plain_attention(self):
     case = self.case(self.block + 3)
     q, k, v, lam = case.args()
     (out,), (dq, dk, *_) = outputs_and_gradients(self.op(case), (q, k, v, 0 * lam))
@@ -244,7 +244,7 @@ class DiffAttentionSuite:
     assert not dq[:, :, :, 1].any() and not dk[:, :, :, 1].any()
     assert dq[:, 1:, :, 0].any() and dk[:, :, :, 0].any()
 
-  def test_equal_maps_leave_one_minus_lambda(self):
+  def test_diff_02_equal_maps_leave_one_minus_lambda(self):
     case = self.case(self.block + 3)
     q, k, v, lam = case.args()
     q, k = (jnp.stack([x[:, :, :, 0]] * 2, axis=3) for x in (q, k))
@@ -257,7 +257,7 @@ class DiffAttentionSuite:
     np.testing.assert_allclose(out, 0, atol=1e-3)  # Nothing, times the norm's 1 / sqrt(eps).
     assert all(np.isfinite(x).all() for x in grads)
 
-  def test_rows_sum_to_one_minus_lambda(self):
+  def test_diff_03_rows_sum_to_one_minus_lambda(self):
     case = self.case(self.block + 3)
     q, k, v, lam = case.args()
     out = jax.jit(self.op(case))(q, k, jnp.ones_like(v), lam)
@@ -266,7 +266,7 @@ class DiffAttentionSuite:
     out = jax.jit(self.op(case))(q, k, v, lam)
     assert relative_error(out[:, 0], (1 - lam)[:, None] * v[:, 0]) <= tolerance
 
-  def test_gradient_of_lambda_is_the_second_maps_row_terms(self):
+  def test_diff_03_gradient_of_lambda_is_the_second_maps_row_terms(self):
     """`dlam = -sum(dO O2)`, where `O2` is the difference of two runs."""
     case = self.case(self.block + 3, lam="token")
     q, k, v, lam = case.args()
@@ -277,7 +277,7 @@ class DiffAttentionSuite:
     error = relative_error(got, -jnp.sum(second * weights, -1))
     assert error <= self.lam_tolerance[case.dtype]
 
-  def test_padding_is_as_if_absent(self):
+  def test_diff_04_padding_is_as_if_absent(self):
     """Even where it holds NaN; and a row without keys is zero, with finite gradients."""
     case = self.case(self.block + 9, norm=True)
     end = self.block - 3
@@ -300,7 +300,7 @@ class DiffAttentionSuite:
     run = lambda end: jax.jit(self.op(case, lengths=jnp.array([end]), causal=False))(*case.args())
     np.testing.assert_array_equal(run(case.keys + self.block), run(case.keys))
 
-  def test_documents_are_isolated(self):
+  def test_diff_04_documents_are_isolated(self):
     """Each document is as if alone, bit for bit, whatever the others hold."""
     case = self.case(self.block + 9)
     q, k, v, lam = case.args()
@@ -312,7 +312,7 @@ class DiffAttentionSuite:
     np.testing.assert_array_equal(out[:, cut:], other[:, cut:])
     assert (out[:, :cut] != other[:, :cut]).any()
 
-  def test_is_causal_bit_for_bit(self):
+  def test_diff_04_is_causal_bit_for_bit(self):
     case = self.case(self.block + 9)
     *qkv, lam = case.args()
     at = self.block - 3
@@ -395,7 +395,7 @@ class DiffAttentionSuite:
       bound = (self.lam_tolerance if name == "dlam" else self.tolerance)[case.dtype]
       assert relative_error(a, b) <= bound, name
 
-  def test_split_keys_change_nothing(self):
+  def test_diff_07_split_keys_change_nothing(self):
     self._skip_unless_it_decodes()
     case = self.case(3 * self.block + 5, padded=True)
     q, k, v, lam = case.args()

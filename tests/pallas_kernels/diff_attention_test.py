@@ -39,7 +39,7 @@ def _by_head(q, k, v, lam, offset, gain, eps):
   "heads,kv_heads,shared",
   [(2, 2, False), (4, 2, False), (6, 2, True), (4, 1, True), (3, 1, False), (8, 2, False)],
 )
-def test_equals_the_equation(form, heads, kv_heads, shared):
+def test_diff_05_equals_the_equation(form, heads, kv_heads, shared):
   q, k, v, lam = _inputs(heads, kv_heads, shared)
   gain = np.linspace(0.5, 2, 6)
   want = _by_head(q, k, v, lam, 2, gain, 1e-3)
@@ -51,7 +51,7 @@ def test_equals_the_equation(form, heads, kv_heads, shared):
 
 
 @pytest.mark.parametrize("form", FORMS[1:])
-def test_forms_agree_in_every_gradient(form):
+def test_diff_01_forms_agree_in_every_gradient(form):
   with jax.enable_x64(True):
     args = [jnp.asarray(x) for x in _inputs()]
 
@@ -64,7 +64,7 @@ def test_forms_agree_in_every_gradient(form):
     )
 
 
-def test_one_rounding_is_no_worse_than_two():
+def test_diff_01_one_rounding_is_no_worse_than_two():
   """The difference in float32, where two calls round both of its terms."""
   rng = np.random.default_rng(0)
   shapes = (1, 200, 2, 2, 32), (1, 200, 2, 2, 32), (1, 200, 2, 64)
