@@ -25,8 +25,8 @@ from latentlab.layers.diffusion_head import time_features
 from latentlab.train.partition import make_mesh, make_rules
 
 WIDTH, DIM = 32, 3
-BASE = DiffusionHeadConfig(depth=2)
-HEADS = [BASE, RegressionHeadConfig(depth=2), MixtureHeadConfig(num_components=4, depth=1)]
+BASE = DiffusionHeadConfig(depth=1)
+HEADS = [BASE, RegressionHeadConfig(depth=1), MixtureHeadConfig(num_components=4, depth=1)]
 each_head = pytest.mark.parametrize("config", HEADS, ids=lambda c: type(c).__name__)
 
 
@@ -56,25 +56,30 @@ def _init(config, *, random=False, width=WIDTH, dim=DIM):
 _OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
 
 
-def _draw(head, params, hidden, null=None, *, keys=None, progress=None, options=None, **settings):
+@functools.cache
+def _compiled(head, method, fast=False):
+  """One function for all calls, so that calls alike compile once."""
+  run = lambda params, *args: head.apply({"params": params}, *args, method=method)
+  return jax.jit(run, compiler_options=_OPTIMIZED if fast else None)
+
+
+def _draw(head, params, hidden, null=None, *, keys=None, progress=None, fast=False, **settings):
   settings = SolverSettings(**dict(num_steps=4) | settings)
   keys = jax.random.split(jax.random.key(7), len(hidden)) if keys is None else keys
-  args = (hidden, null, keys, settings, progress)
-  draw = lambda p, args: head.apply({"params": p}, *args, method="draw")
-  return jax.jit(draw, compiler_options=options)(params, args)
+  return _compiled(head, "draw", fast)(params, hidden, null, keys, settings, progress)
 
 
-def _losses(head, params, *args, method="losses"):
-  return jax.jit(lambda p: head.apply({"params": p}, *args, method=method))(params)
+def _losses(head, params, *args):
+  return _compiled(head, "losses")(params, *args)
 
 
 def test_latentlm_05_a_head_starts_from_zero():
   """Outputs exactly 0, layers the identity, and the loss that of saying nothing."""
+  config = dataclasses.replace(BASE, depth=2)
+  head, params = _init(config)
   for prediction in ("v", "epsilon"):
-    config = dataclasses.replace(BASE, diffusion=Diffusion(prediction), num_draws=4)
-    head, params = _init(config)
-    hidden, latents = _inputs(64, 64)
-    loss = _losses(head, params, hidden, latents, jax.random.key(2)).mean()
+    other = dataclasses.replace(config, diffusion=Diffusion(prediction)).module(head.shared, DIM)
+    loss = _losses(other, params, *_inputs(64, 64), jax.random.key(2)).mean()
     np.testing.assert_allclose(loss, 1.0, atol=0.02)
   hidden, noisy = _inputs(5)
   t = jnp.arange(5) * 200
@@ -95,19 +100,22 @@ def test_latentlm_05_a_head_starts_from_zero():
 def test_losses_and_draws_keep_the_contract(config):
   head, params = _init(config, random=True)
   hidden, latents = _inputs(2, 3)
-  losses = _losses(head, params, hidden, latents, jax.random.key(0))
+
+  @jax.jit
+  def losses_and_grads(params):
+    args = (hidden, latents, jax.random.key(0))
+    return jax.vjp(lambda p: head.apply({"params": p}, *args, method="losses"), params)
+
+  losses, pull = losses_and_grads(params)
   assert losses.shape == (2, 3) and losses.dtype == jnp.float32
-  # One row, of a flat batch.
-  flat = _losses(head, params, hidden[0], latents[0], jax.random.key(0))
-  assert flat.shape == (3,) and np.isfinite(flat).all()
-  grads = jax.jit(
-    jax.grad(
-      lambda p: head.apply(
-        {"params": p}, hidden, latents, jax.random.key(0), method="losses"
-      ).mean()
-    )
-  )(params)
+  (grads,) = pull(jnp.ones((2, 3)))
   assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(grads))
+  # One row, of a flat batch.
+  flat = jax.eval_shape(
+    lambda p: head.apply({"params": p}, hidden[0], latents[0], jax.random.key(0), method="losses"),
+    params,
+  )
+  assert flat.shape == (3,)
   rows, keys = hidden[:, 0], jax.random.split(jax.random.key(1), 2)
   whole = _draw(head, params, rows, keys=keys)
   assert whole.shape == (2, DIM) and whole.dtype == jnp.float32
@@ -166,6 +174,21 @@ def test_latentlm_10_draws_of_noise_are_averaged():
   ]
   want = jax.tree.map(lambda *x: np.mean(x, axis=0), *single)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6), together, want)
+
+
+def test_losses_are_weighed():
+  """By min-SNR's rule for `v`, of a head that still says 0."""
+  head, params = _init(BASE)
+  config = dataclasses.replace(BASE, diffusion=Diffusion(min_snr=5.0))
+  hidden, latents = _inputs(3)
+  t, noise = jnp.array([[10], [400], [990]]), jax.random.normal(jax.random.key(2), (3, 1, DIM))
+  weighed = config.module(head.shared, DIM)
+  got = _compiled(weighed, "losses_at")(params, hidden, latents, t, noise)
+  alpha, sigma = (x[np.asarray(t)] for x in ops.NoiseSchedule().tables)
+  ratio = (alpha / sigma) ** 2
+  target = alpha * noise[:, 0] - sigma * latents
+  want = np.minimum(ratio, 5.0) / (ratio + 1) * np.square(target).mean(-1, keepdims=True)
+  np.testing.assert_allclose(got, want[:, 0], rtol=1e-4)
 
 
 def test_conditions_are_made_once_for_all_draws():
@@ -351,7 +374,7 @@ def test_latentlm_06_a_head_learns_conditional_mixtures():
   hidden = jnp.repeat(table, 500, axis=0)
   spreads = {}
   for steps in (10, 20, 50):
-    samples = np.asarray(_draw(head, params, hidden, num_steps=steps, options=_OPTIMIZED))
+    samples = np.asarray(_draw(head, params, hidden, num_steps=steps, fast=True))
     samples = samples.reshape(3, -1, 2)
     found = [_statistics(rows) for rows in samples]
     spreads[steps] = np.mean([spread for _, _, spread in found])
@@ -364,24 +387,24 @@ def test_latentlm_06_a_head_learns_conditional_mixtures():
 
 def test_latentlm_07_a_regression_gives_the_mean():
   """Which lies between the modes, where there are no data."""
-  head, params, table, losses = _trained(RegressionHeadConfig(depth=1), 300, 256)
+  head, params, table, losses = _trained(RegressionHeadConfig(depth=1), 300, 128)
   got = _draw(head, params, table)
   np.testing.assert_allclose(got, (2 * WEIGHTS - 1)[:, None] * np.ones(2), atol=0.08)
   # What is left is the data's variance about that mean, which no training takes away.
   variance = SPREAD**2 + np.mean(1 - (2 * WEIGHTS - 1) ** 2)
-  np.testing.assert_allclose(losses[-50:].mean(), variance, atol=0.05)
+  np.testing.assert_allclose(losses[-100:].mean(), variance, atol=0.05)
 
 
 def test_a_mixture_head_learns_conditional_mixtures():
-  head, params, table, losses = _trained(MixtureHeadConfig(num_components=4, depth=1), 400, 256)
-  samples = np.asarray(_draw(head, params, jnp.repeat(table, 1500, axis=0))).reshape(3, -1, 2)
+  head, params, table, losses = _trained(MixtureHeadConfig(num_components=4, depth=1), 300, 128)
+  samples = np.asarray(_draw(head, params, jnp.repeat(table, 1000, axis=0))).reshape(3, -1, 2)
   for rows, weight in zip(samples, WEIGHTS, strict=True):
     share, mean, spread = _statistics(rows)
     np.testing.assert_allclose([share, mean, spread], [weight, 0, SPREAD], atol=0.05)
   # Per channel, the entropy of the mode's choice halved, and that of a Gaussian.
   entropy = np.mean(-(WEIGHTS * np.log(WEIGHTS) + (1 - WEIGHTS) * np.log(1 - WEIGHTS))) / 2
   entropy += 0.5 * np.log(2 * np.pi * np.e * SPREAD**2)
-  np.testing.assert_allclose(losses[-50:].mean(), entropy, atol=0.05)
+  np.testing.assert_allclose(losses[-100:].mean(), entropy, atol=0.05)
 
 
 def test_mixtures_likelihood_is_scipys():
