@@ -44,6 +44,8 @@ def transformer(
   mask_size: int | None = None,
   logit_bits: int | None = None,
   head_norm: bool = False,
+  head_norm_affine: bool = True,
+  head_norm_eps: float = 1e-5,
   **options: Any,
 ) -> LanguageModelConfig:
   """A Transformer language model.
@@ -71,6 +73,8 @@ def transformer(
       half of it, as the xPos paper has them (section 3.3).
     logit_bits: Rounds scores to so many bits, for evaluations; see `ops.attention_maps`.
     head_norm: Whether an RMS norm of each head follows attention.
+    head_norm_affine: Whether it has a scale.
+    head_norm_eps: Its epsilon.
     **options: Of `language_model.stack`, `vocab_size` and `num_layers` among them.
 
   Raises:
@@ -99,6 +103,8 @@ def transformer(
     mask=inference_mask(mask, mask_size, train_length),
     logit_bits=logit_bits,
     head_norm=head_norm,
+    head_norm_affine=head_norm_affine,
+    head_norm_eps=head_norm_eps,
   )
   if mlp_dim is None:
     mlp_dim = default_width(feed_forward, embed_dim)

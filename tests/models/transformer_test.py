@@ -261,7 +261,10 @@ def test_a_norm_of_each_head_follows_attention(affine, eps):
 
 
 def test_a_norm_of_each_head_decodes():
-  config = build_config(SIZES | dict(head_norm=True), VOCAB)
+  norm = dict(head_norm=True, head_norm_affine=False, head_norm_eps=0.1)
+  config = build_config(SIZES | norm, VOCAB)
+  mixer = config.decoder.stages[0].pattern[0].mixer
+  assert {field: getattr(mixer, field) for field in norm} == norm
   model, tokens = LanguageModel(config), _tokens(6)
   params = nn.unbox(model.init(jax.random.key(1), tokens))["params"]
   want = _logits(model, params, tokens)
