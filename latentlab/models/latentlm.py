@@ -28,10 +28,11 @@ from latentlab.layers.latent_heads import (
   RegressionHeadConfig,
   SolverSettings,
 )
+from latentlab.layers.mar_head import MarHeadConfig
 from latentlab.models.language_model import LanguageModel, LanguageModelConfig
 from latentlab.typing import Array, Bool, Float, Int, Key
 
-HeadConfig = DiffusionHeadConfig | RegressionHeadConfig | MixtureHeadConfig
+HeadConfig = DiffusionHeadConfig | MarHeadConfig | RegressionHeadConfig | MixtureHeadConfig
 
 STOPS = ("fixed", "token", "classifier")
 

@@ -17,6 +17,7 @@ import ml_collections
 from latentlab.data import Data
 from latentlab.layers.diffusion_head import Diffusion, DiffusionHeadConfig
 from latentlab.layers.latent_heads import MixtureHeadConfig, RegressionHeadConfig
+from latentlab.layers.mar_head import MarHeadConfig
 from latentlab.models import flops_per_token, registry
 from latentlab.models.latentlm import (
   Items,
@@ -35,6 +36,7 @@ from latentlab.typing import Array, Bool, Float, Key, Params
 
 HEADS = {
   "diffusion": DiffusionHeadConfig,
+  "mar": MarHeadConfig,
   "mixture": MixtureHeadConfig,
   "regression": RegressionHeadConfig,
 }
@@ -64,7 +66,7 @@ class LatentLMTask(LatentRowsTask):
   def flops_per_item(self) -> float:
     m, language = self.modality, self.model.config.language
     width = language.decoder.embed_dim
-    if isinstance(m.head, DiffusionHeadConfig):
+    if isinstance(m.head, DiffusionHeadConfig | MarHeadConfig):
       head = m.head.num_draws * m.head.flops_per_row(width, m.dim)
     else:
       head = 2 * m.head.num_params(width, m.dim)

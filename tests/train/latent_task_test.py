@@ -12,6 +12,7 @@ from flax import linen as nn
 from experiments.configs.latentlm import common
 from latentlab.layers.diffusion_head import DiffusionHeadConfig
 from latentlab.layers.latent_heads import MixtureHeadConfig, RegressionHeadConfig
+from latentlab.layers.mar_head import MarHeadConfig
 from latentlab.train import latent_rows, latent_task, partition
 from latentlab.train.state import unbox
 from latentlab.train.step import init_state, make_step
@@ -179,6 +180,22 @@ def test_the_head_runs_for_latents_alone(tmp_path):
   assert shapes == [(4, 3, 16)] and task.seq_length == 16
 
 
+def test_mars_head_trains_as_others_do(tmp_path):
+  """Its loss, its share of the flops, and its parameters, on the shapes alone."""
+  config = _config(head="mar")
+  config.latents.head.update(depth=1, width=8)
+  rows = cases.data(tmp_path / "s", batch_size=4)
+  task = latent_task.build(config, rows.summary)
+  params = jax.eval_shape(lambda k: unbox(task.init(k)), jax.random.key(0))
+  batch = jax.tree.map(jnp.asarray, dict(next(rows.train_iterator(0))))
+  grads = jax.eval_shape(jax.grad(lambda p: _loss(task, p, batch)), params)
+  head, dim = task.modality.head, task.modality.dim
+  assert sum(x.size for x in jax.tree.leaves(grads["image_head"])) == head.num_params(16, dim)
+  config.latents.head.num_draws = 8
+  more = latent_task.build(config, rows.summary).flops_per_item - task.flops_per_item
+  assert more == 3 * 4 * head.flops_per_row(16, dim)
+
+
 def test_accumulation_divides_each_loss_by_its_own_count(tmp_path):
   """Uneven rows: microbatches hold different shares of tokens and latents."""
   task, _, batch = _case(tmp_path, "text", "token", prompt_dropout=0.0, head="regression")
@@ -248,6 +265,7 @@ def test_heads_by_name():
   assert head.diffusion.prediction == "epsilon"
   assert isinstance(latent_task.build_head(dict(kind="regression")), RegressionHeadConfig)
   assert isinstance(latent_task.build_head(dict(kind="mixture")), MixtureHeadConfig)
+  assert latent_task.build_head(dict(kind="mar", width=64)) == MarHeadConfig(width=64)
   with pytest.raises(ValueError, match="config.latents.head.kind='gan' is unknown"):
     latent_task.build_head(dict(kind="gan"))
   with pytest.raises(ValueError, match=r"fields that kind='regression' does not: \['schedule'\]"):
