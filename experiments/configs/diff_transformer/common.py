@@ -120,7 +120,7 @@ def runs() -> dict[str, tuple[str, str]]:
   """The model and the recipe of each run."""
   pairs = {"ablation": MODELS}
   pairs |= dict.fromkeys(("needles", "shots"), _MEASURED)
-  pairs["scaled"] = ("transformer", "transformer_norm", "diff", "diff_no_norm", "diff_v2")
+  pairs["scaled"] = ("transformer", "diff")
   pairs |= {recipe: ("transformer", "diff") for recipe in PAPER if recipe not in pairs}
   return {f"{m}_{recipe}": (m, recipe) for recipe, models in pairs.items() for m in models}
 
