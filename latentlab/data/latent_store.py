@@ -3,7 +3,8 @@
 A folder with `meta.json` and, for each split, the means of all its items one after another, where
 each item's begin, their labels and their captions. Noise is drawn when they are read for training,
 anew in every epoch, so the means are all that is kept (and the scales, of an encoder that has
-some). NumPy files without pickles; the means are mapped, not read.
+some; with a codebook, the means are the codes' vectors, and the codes are kept beside them).
+NumPy files without pickles; the means are mapped, not read.
 """
 
 import dataclasses
@@ -34,12 +35,14 @@ class LatentItem:
     label: Its class; -1 for none.
     caption: Its text.
     scales: Standard deviation of each channel's noise, where an encoder gives it.
+    codes: Numbers of the vectors that `means` are, of a tokenizer with a codebook.
   """
 
   means: np.ndarray
   label: int = -1
   caption: str = ""
   scales: np.ndarray | None = None
+  codes: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +54,7 @@ class LatentSplit:
   labels: np.ndarray
   captions: Sequence[str]
   scales: np.ndarray | None
+  codes: np.ndarray | None = None
 
   def __len__(self) -> int:
     return len(self.labels)
@@ -66,6 +70,7 @@ class LatentSplit:
       int(self.labels[index]),
       self.captions[index],
       None if self.scales is None else np.asarray(self.scales[span]),
+      None if self.codes is None else np.asarray(self.codes[span]),
     )
 
 
@@ -75,8 +80,9 @@ class LatentStore:
 
   Attributes:
     path: The folder.
-    meta: `modality`, `dim`, `noise` (kind and std), `num_classes`, `class_names`, `mean` and `std`
-      of all training latents with their noise, and `key`, the digest of what they were made from.
+    meta: `modality`, `dim`, `noise` (kind and std), `codebook_size`, `num_classes`, `class_names`,
+      `mean` and `std` of all training latents with their noise, and `key`, the digest of what they
+      were made from.
   """
 
   path: pathlib.Path
@@ -139,7 +145,7 @@ def digest(*parts: Any) -> str:
 
 
 def _noise_std(noise: Mapping[str, Any]) -> float:
-  """Standard deviation that a noise of its own adds to every channel; 0 where items bring theirs."""
+  """Standard deviation that a noise of its own adds to channels; 0 where items bring theirs."""
   kind, std = noise["kind"], noise.get("std", 0.0)
   # A scale drawn from N(0, (std / 0.8)^2) makes noise of that standard deviation.
   return {"gaussian_scale": std / 0.8, "fixed": std}.get(kind, 0.0)
@@ -148,7 +154,7 @@ def _noise_std(noise: Mapping[str, Any]) -> float:
 def _write_split(
   folder: pathlib.Path, name: str, items: Iterable[LatentItem]
 ) -> tuple[float, float]:
-  means, scales, lengths, labels, captions = [], [], [], [], []
+  means, scales, codes, lengths, labels, captions = [], [], [], [], [], []
   for item in items:
     if not np.isfinite(item.means).all():
       raise ValueError(
@@ -161,6 +167,8 @@ def _write_split(
     captions.append(item.caption)
     if item.scales is not None:
       scales.append(np.asarray(item.scales, np.float32))
+    if item.codes is not None:
+      codes.append(np.asarray(item.codes, np.int32))
   if not means:
     raise ValueError(f"split {name!r} has no item to encode.")
   joined = np.concatenate(means)
@@ -168,6 +176,8 @@ def _write_split(
   offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
   np.savez(folder / f"{name}.index.npz", offsets=offsets, labels=np.asarray(labels, np.int32))
   files.write_json(folder / f"{name}.captions.json", {"captions": captions})
+  if codes:
+    np.save(folder / f"{name}.codes.npy", np.concatenate(codes))
   variance = float(joined.astype(np.float64).var())
   if scales:
     np.save(folder / f"{name}.scales.npy", np.concatenate(scales))
@@ -180,8 +190,10 @@ def _read_split(folder: pathlib.Path, name: str) -> LatentSplit:
   with np.load(folder / f"{name}.index.npz", allow_pickle=False) as index:
     offsets, labels = index["offsets"], index["labels"]
   captions = json.loads((folder / f"{name}.captions.json").read_text("utf-8"))["captions"]
-  path = folder / f"{name}.scales.npy"
-  scales = np.load(path, mmap_mode="r", allow_pickle=False) if path.exists() else None
+  scales, codes = (
+    np.load(path, mmap_mode="r", allow_pickle=False) if path.exists() else None
+    for path in (folder / f"{name}.scales.npy", folder / f"{name}.codes.npy")
+  )
   if offsets[-1] != len(means) or not len(offsets) - 1 == len(labels) == len(captions):
     raise ValueError(f"the latents in {str(folder)!r} are damaged; delete the folder.")
-  return LatentSplit(means, offsets, labels, captions, scales)
+  return LatentSplit(means, offsets, labels, captions, scales, codes)

@@ -250,6 +250,11 @@ class LatentRows:
       scales[document.is_latent] = document.item.scales
       batch[f"scales/{self.name}"][row, here] = scales[:-1]
       batch[f"next_scales/{self.name}"][row, here] = scales[1:]
+    if document.item.codes is not None:
+      codes = np.zeros(size + 1, np.int32)
+      codes[document.is_latent] = document.item.codes
+      batch[f"codes/{self.name}"][row, here] = codes[:-1]
+      batch[f"next_codes/{self.name}"][row, here] = codes[1:]
     return place + size
 
 
@@ -358,4 +363,6 @@ def _empty_batch(count: int, rows: LatentRows) -> Batch:
     latents = (*latents, "scales", "next_scales")
   for name in latents:
     batch[f"{name}/{rows.name}"] = np.zeros((*shape, rows.dim), np.float32)
+  if rows.split.codes is not None:
+    batch |= {f"{name}/{rows.name}": np.zeros(shape, np.int32) for name in ("codes", "next_codes")}
   return batch

@@ -234,8 +234,12 @@ class LatentTokenizer(nn.Module):
 
   def decode_codes(self, codes: Int[Array, "B N"]) -> Float[Array, "B ..."]:
     """Media from indices of codes."""
-    self._check_vq("decode_codes")
-    return self.decode(self._vectors(codes))
+    return self.decode(self.code_vectors(codes))
+
+  def code_vectors(self, codes: Int[Array, "B N"]) -> Float[Array, "B N Z"]:
+    """Latents that codes stand for, as `decode` takes them."""
+    self._check_vq("code_vectors")
+    return self._vectors(codes)
 
   def encode_step(
     self, media: Float[Array, "B S C"], cache: SignalCache

@@ -78,6 +78,23 @@ class TrainedTokenizer:
     encode = jax.jit(lambda p, x: self.model.apply({"params": p}, x, method="posterior"))
     return lambda media: jax.device_get(encode(self.params, media))
 
+  @property
+  def codebook_size(self) -> int:
+    """Codes that it has; 0 of tokenizers without any."""
+    return self.model.config.codebook_size
+
+  @functools.cached_property
+  def codes(self) -> Callable[[np.ndarray], np.ndarray]:
+    """Codes of media, of a tokenizer that has some."""
+    codes = jax.jit(lambda p, x: self.model.apply({"params": p}, x, method="codes"))
+    return lambda media: jax.device_get(codes(self.params, media))
+
+  @functools.cached_property
+  def code_vectors(self) -> Callable[[np.ndarray], np.ndarray]:
+    """Latents that codes `[B N]` stand for."""
+    vectors = jax.jit(lambda p, i: self.model.apply({"params": p}, i, method="code_vectors"))
+    return lambda codes: jax.device_get(vectors(self.params, codes))
+
 
 @functools.lru_cache(maxsize=4)
 def load_tokenizer(run_dir: str) -> TrainedTokenizer:
@@ -148,6 +165,7 @@ def prepare(config: mixed.LatentDataConfig) -> LatentStore:
     dim=c.dim,
     noise=dataclasses.asdict(c.noise),
     num_latents=c.num_latents,
+    codebook_size=c.codebook_size,
     num_classes=split.num_classes,
     class_names=list(split.class_names),
     media_shape=list(shape),
@@ -170,7 +188,12 @@ def _encode(tokenizer: TrainedTokenizer, rows: media.MediaRows, name: str) -> It
   starts = range(0, rows.num_rows, size)
   for start in tqdm.tqdm(starts, desc=f"encoding {name}", unit="batch", disable=None, leave=False):
     batch = rows.rows(np.arange(start, start + size))
-    means, log_variances = tokenizer.posterior(batch["media"])
+    codes = log_variances = None
+    if tokenizer.codebook_size:
+      codes = tokenizer.codes(batch["media"])
+      means = tokenizer.code_vectors(codes)
+    else:
+      means, log_variances = tokenizer.posterior(batch["media"])
     for j in range(min(size, rows.num_rows - start)):
       used = means.shape[1]
       if "lengths" in batch:  # The latents of padding stay out.
@@ -180,4 +203,5 @@ def _encode(tokenizer: TrainedTokenizer, rows: media.MediaRows, name: str) -> It
         int(rows.labels[start + j]),
         rows.captions[start + j],
         None if log_variances is None else np.exp(0.5 * log_variances[j, :used]),
+        None if codes is None else codes[j, :used],
       )

@@ -92,6 +92,19 @@ def dit(
   return common.lock(c)
 
 
+def vq(tokenizer: ml_collections.ConfigDict | None, *, seed: int = 0) -> ml_collections.ConfigDict:
+  """Defaults of a language model over a tokenizer's codes, with `latentlm`'s backbone.
+
+  Args:
+    tokenizer: As of `latentlm`, with codes.
+    seed: Of both runs.
+  """
+  c = _over_latents(tokenizer, "vq", seed)
+  c.model = _backbone()
+  c.latents = dict(stop="fixed", prompt_dropout=0.1)
+  return common.lock(c)
+
+
 def _over_latents(
   tokenizer: ml_collections.ConfigDict | None, task: str, seed: int
 ) -> ml_collections.ConfigDict:
