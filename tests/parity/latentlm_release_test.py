@@ -160,7 +160,8 @@ def _errors(formula, state, inputs, alpha, sigma, clean, noise):
   out = formula(w, torch.tensor(alpha * clean + sigma * noise), *inputs)
   loss = (out - target).pow(2).mean()
   loss.backward()
-  return loss.item(), {n: x.grad.numpy() for n, x in w.items() if n != "pos_embed"}, out.detach().numpy()
+  grads = {n: x.grad.numpy() for n, x in w.items() if n != "pos_embed"}
+  return loss.item(), grads, out.detach().numpy()
 
 
 def _levels(t):
