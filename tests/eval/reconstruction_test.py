@@ -22,7 +22,7 @@ def _task(**fields):
   sizes = dict(image_size=8, channels=1, patch_size=4, num_layers=1, embed_dim=16, num_heads=2)
   config = build_config(dict(name="vit_tokenizer", init="fan_in", dim=3) | sizes | fields)
   model = LatentTokenizer(config)
-  params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"]
+  params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"]
   return types.SimpleNamespace(model=model), params
 
 
