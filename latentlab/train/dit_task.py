@@ -15,11 +15,11 @@ from latentlab.data import Data
 from latentlab.layers.diffusion_head import Diffusion
 from latentlab.models import dit
 from latentlab.models.dit import DiT, DiTConfig
-from latentlab.models.latentlm import Normalizer, SpecialTokens
+from latentlab.models.latentlm import SpecialTokens
 from latentlab.ops.latents import Noise
 from latentlab.train import latent_rows, latent_task, media_sample
 from latentlab.train import latents as latents_lib
-from latentlab.train.latent_rows import LatentRowsTask
+from latentlab.train.latent_rows import DenoisingTask
 from latentlab.train.task import Batch, LossTerms
 from latentlab.typing import Array, Float, Int, Key, Params
 
@@ -28,32 +28,17 @@ OF_DATA = ("dim", "num_classes", "class_dropout")
 
 
 @dataclasses.dataclass(frozen=True)
-class DiTTask(LatentRowsTask):
+class DiTTask(DenoisingTask):
   """Denoising of all latents of an image at once, given its class.
 
-  Batches are those of `data.mixed` whose documents are a class and a run of latents. Parameters are
-  the model's, `dit`, and two numbers that its latents are normalised by.
-
-  Attributes:
-    modality: Name of the latents.
-    noise: What was added to means when the tokenizer drew latents.
-    tokens: Special tokens of rows, classes among them.
-    mean: Mean of all latents.
-    std: Their standard deviation.
+  Batches are those of `data.mixed` whose documents are a class and a run of latents.
   """
-
-  modality: str
-  noise: Noise
-  tokens: SpecialTokens
-  mean: float
-  std: float
 
   def init(self, key: Key[Array, ""]) -> Params:
     c = self.model.config
     latents, zero = jnp.zeros((1, c.num_latents, c.dim)), jnp.zeros(1, jnp.int32)
-    normalizer = Normalizer(self.mean, self.std).init(key)["params"]
     params = self.model.init(key, latents, zero, zero)["params"]
-    return {"dit": params, f"{self.modality}_normalizer": normalizer}
+    return self.with_normalizer({"dit": params})
 
   @property
   def items_per_step(self) -> int:
@@ -67,16 +52,8 @@ class DiTTask(LatentRowsTask):
     """Draws from the model with these parameters."""
     return Generator(self, params, data)
 
-  def check_sample(self, data: Data) -> None:
-    super().check_sample(data)
-    if self.config.sample.get("guidance_kind", "constant") != "constant":
-      raise ValueError(
-        f"config.sample.guidance_kind={self.config.sample.guidance_kind!r} follows the share of "
-        "latents that is drawn, and a DiT draws all at once; set 'constant'."
-      )
-
   def loss(self, params: Params, batch: Batch, key: Key[Array, ""]) -> LossTerms:
-    return latent_rows.mean_loss("latents", "latent_loss", *self.sums(params, batch, key))
+    return latent_rows.mean_loss("latents", *self.sums(params, batch, key))
 
   def sums(
     self, params: Params, batch: Batch, key: Key[Array, ""], *, deterministic: bool = False
@@ -114,20 +91,6 @@ class DiTTask(LatentRowsTask):
     labels = (batch["inputs"][:, first] - self.tokens.class_token(0)).reshape(-1)
     latents = latents[:, :used].reshape(-1, count, latents.shape[-1])
     return jnp.where(valid[:, None, None], latents, 0.0), labels, valid
-
-  def normalize(self, params: Params, latents: Float[Array, "... Z"]) -> Float[Array, "... Z"]:
-    """Latents as the model sees them."""
-    mean, std = self._normalizer(params)
-    return (latents - mean) / std
-
-  def denormalize(self, params: Params, latents: Float[Array, "... Z"]) -> Float[Array, "... Z"]:
-    """Latents as the tokenizer's decoder wants them."""
-    mean, std = self._normalizer(params)
-    return latents * std + mean
-
-  def _normalizer(self, params: Params) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    normalizer = Normalizer(self.mean, self.std)
-    return normalizer.apply({"params": params[f"{self.modality}_normalizer"]})
 
   @property
   def _per_row(self) -> int:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from latentlab.data import Data
-from latentlab.models.latentlm import NOT_TRAINED
+from latentlab.models.latentlm import NOT_TRAINED, Normalizer, SpecialTokens
 from latentlab.ops.latents import Noise, to_sphere
 from latentlab.train import media_sample, optim
 from latentlab.train.state import axis_names
@@ -56,12 +56,76 @@ class LatentRowsTask:
     media_sample.show(self.config, self.generator(params, data), workdir)
 
 
-def mean_loss(
-  kind: str, name: str, sums: Mapping[str, Array], weights: Mapping[str, Array]
+@dataclasses.dataclass(frozen=True)
+class DenoisingTask(LatentRowsTask):
+  """A model that denoises all latents of an image at once; a base too.
+
+  Parameters are the model's, and two numbers that its latents are normalised by.
+
+  Attributes:
+    modality: Name of the latents.
+    noise: What was added to means when the tokenizer drew latents.
+    tokens: Special tokens of rows.
+    mean: Mean of all latents.
+    std: Their standard deviation.
+  """
+
+  modality: str
+  noise: Noise
+  tokens: SpecialTokens
+  mean: float
+  std: float
+
+  def with_normalizer(self, params: Params) -> Params:
+    """New parameters of the model with those of its latents."""
+    normalizer = Normalizer(self.mean, self.std).init(jax.random.key(0))["params"]
+    return params | {f"{self.modality}_normalizer": normalizer}
+
+  def normalize(self, params: Params, latents: Float[Array, "... Z"]) -> Float[Array, "... Z"]:
+    """Latents as the model sees them."""
+    mean, std = self._normalizer(params)
+    return (latents - mean) / std
+
+  def denormalize(self, params: Params, latents: Float[Array, "... Z"]) -> Float[Array, "... Z"]:
+    """Latents as the tokenizer's decoder wants them."""
+    mean, std = self._normalizer(params)
+    return latents * std + mean
+
+  def _normalizer(self, params: Params) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    normalizer = Normalizer(self.mean, self.std)
+    return normalizer.apply({"params": params[f"{self.modality}_normalizer"]})
+
+  def check_sample(self, data: Data) -> None:
+    super().check_sample(data)
+    if self.config.sample.get("guidance_kind", "constant") != "constant":
+      raise ValueError(
+        f"config.sample.guidance_kind={self.config.sample.guidance_kind!r} follows the share of "
+        "latents that is drawn, and this model draws all at once; set 'constant'."
+      )
+
+
+_NAMES = dict(latents="latent_loss", tokens="token_loss", stops="stop_loss")
+
+
+def joint_loss(
+  sums: Mapping[str, Array],
+  weights: Mapping[str, Array],
+  counts: Mapping[str, Array],
+  latent_weight: float,
 ) -> LossTerms:
-  """The terms of an objective that is one mean."""
+  """The terms of an objective of a mean for each kind of target, over those of the whole step."""
+  scales = dict(latents=latent_weight)
+  # A step without any target of a kind has nothing to divide by, and nothing to divide.
+  total = sum(scales.get(n, 1.0) * sums[n] / jnp.maximum(counts[n], 1.0) for n in sums)
+  share = sum(weights.values()) / sum(counts[n] for n in sums)
+  metrics = {_NAMES[n]: (sums[n], jnp.maximum(weights[n], 1e-30)) for n in sums}
+  return LossTerms(total=total, weight=share, metrics=metrics)
+
+
+def mean_loss(kind: str, sums: Mapping[str, Array], weights: Mapping[str, Array]) -> LossTerms:
+  """The terms of an objective that is the mean of one kind of targets."""
   total, weight = sums[kind], weights[kind]
-  return LossTerms(total, weight, {name: (total, jnp.maximum(weight, 1e-30))})
+  return LossTerms(total, weight, {_NAMES[kind]: (total, jnp.maximum(weight, 1e-30))})
 
 
 def draw_latents(

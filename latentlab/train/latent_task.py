@@ -90,13 +90,7 @@ class LatentLMTask(LatentRowsTask):
     self, params: Params, batch: Batch, key: Key[Array, ""], counts: Mapping[str, Array]
   ) -> LossTerms:
     sums, weights = self.sums(params, batch, key)
-    scales = dict(latents=self.config.latents.loss_weight)
-    # A step without any target of a kind has nothing to divide by, and nothing to divide.
-    total = sum(scales.get(n, 1.0) * sums[n] / jnp.maximum(counts[n], 1.0) for n in sums)
-    share = sum(weights.values()) / sum(counts[n] for n in sums)
-    names = dict(latents="latent_loss", tokens="token_loss", stops="stop_loss")
-    metrics = {names[n]: (sums[n], jnp.maximum(weights[n], 1e-30)) for n in sums}
-    return LossTerms(total=total, weight=share, metrics=metrics)
+    return latent_rows.joint_loss(sums, weights, counts, self.config.latents.loss_weight)
 
   def sums(
     self, params: Params, batch: Batch, key: Key[Array, ""], *, deterministic: bool = False

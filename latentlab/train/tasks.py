@@ -5,7 +5,7 @@ from typing import Any
 
 import ml_collections
 
-from latentlab.train import dit_task, latent_task, tokenizer_task, vq_task
+from latentlab.train import dit_task, latent_task, tokenizer_task, transfusion_task, vq_task
 from latentlab.train.task import RunTask, build_language_model
 
 TASKS = {
@@ -13,6 +13,7 @@ TASKS = {
   "language_model": lambda config, vocab_size, _: build_language_model(config, vocab_size),
   "latent_tokenizer": lambda config, _, __: tokenizer_task.build(config),
   "latentlm": lambda config, _, summary: latent_task.build(config, summary),
+  "transfusion": lambda config, _, summary: transfusion_task.build(config, summary),
   "vq": lambda config, _, summary: vq_task.build(config, summary),
 }
 

@@ -57,7 +57,7 @@ class VQTask(LatentRowsTask):
       )
 
   def loss(self, params: Params, batch: Batch, key: Key[Array, ""]) -> LossTerms:
-    return latent_rows.mean_loss("tokens", "token_loss", *self.sums(params, batch, key))
+    return latent_rows.mean_loss("tokens", *self.sums(params, batch, key))
 
   def sums(
     self, params: Params, batch: Batch, key: Key[Array, ""], *, deterministic: bool = False

@@ -84,11 +84,7 @@ def dit(
   for field, kind in dit_task.model_fields().items():
     c.model[field] = config_dict.placeholder(kind)
   c.model.update(dict(num_layers=3, embed_dim=64, num_heads=4, init="fan_in") | values)
-  c.latents = dict(
-    diffusion=ml_collections.ConfigDict(), stop="fixed", prompt_dropout=0.1, target="sample"
-  )
-  for field, kind in plain_fields(Diffusion).items():
-    c.latents.diffusion[field] = config_dict.placeholder(kind)
+  c.latents = dict(diffusion=_diffusion(), stop="fixed", prompt_dropout=0.1, target="sample")
   return common.lock(c)
 
 
@@ -103,6 +99,28 @@ def vq(tokenizer: ml_collections.ConfigDict | None, *, seed: int = 0) -> ml_coll
   c.model = _backbone()
   c.latents = dict(stop="fixed", prompt_dropout=0.1)
   return common.lock(c)
+
+
+def transfusion(
+  tokenizer: ml_collections.ConfigDict | None, *, seed: int = 0
+) -> ml_collections.ConfigDict:
+  """Defaults of a Transfusion over a tokenizer's latents, with `latentlm`'s backbone.
+
+  Args:
+    tokenizer: As of `latentlm`.
+    seed: Of both runs.
+  """
+  c = _over_latents(tokenizer, "transfusion", seed)
+  c.model = _backbone()
+  # A token behind a run, so that all of its latents are read.
+  options = dict(stop="token", loss_weight=5.0, prompt_dropout=0.1, target="sample")
+  c.latents = dict(diffusion=_diffusion(), **options)
+  return common.lock(c)
+
+
+def _diffusion() -> ml_collections.ConfigDict:
+  fields = plain_fields(Diffusion)
+  return ml_collections.ConfigDict({n: config_dict.placeholder(k) for n, k in fields.items()})
 
 
 def _over_latents(
