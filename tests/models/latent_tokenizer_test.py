@@ -75,15 +75,15 @@ def test_bodies(fields, key):
 
 @pytest.mark.parametrize("fields", [_VIT, _CONV], ids=lambda f: f["name"])
 def test_latents_are_in_raster_order(fields):
-  """What changes in the upper right corner, changes latents there, and the other way round."""
+  """What moves in the upper right corner, moves latents there the most, and the other way round."""
   model, variables, media = _made(fields)
   encode = jax.jit(lambda x: model.apply(variables, x, method="encode"))
   z = encode(media)
-  moved = np.abs(encode(media.at[:, :3, 5:].set(1.0)) - z).sum((0, 2)).reshape(4, 4)
+  moved = np.abs(encode(media.at[:, 0, 7].add(0.1)) - z).sum((0, 2)).reshape(4, 4)
   corners = moved[:2, :2], moved[:2, 2:], moved[2:, :2], moved[2:, 2:]
   assert np.argmax([x.sum() for x in corners]) == 1
   decode = jax.jit(lambda z: model.apply(variables, z, method="decode"))
-  moved = np.abs(decode(z.at[:, 3].add(3.0)) - decode(z)).sum((0, 3))
+  moved = np.abs(decode(z.at[:, 3].add(0.1)) - decode(z)).sum((0, 3))
   corners = moved[:4, :4], moved[:4, 4:], moved[4:, :4], moved[4:, 4:]
   assert np.argmax([x.sum() for x in corners]) == 1
 

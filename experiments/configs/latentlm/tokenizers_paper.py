@@ -30,19 +30,6 @@ def _table5(*figures: float) -> dict[str, float | None]:
 
 
 ROWS = {
-  "imagenet": dict(
-    about="image sigma-VAE, 172M parameters, 256 latents of 16 channels",
-    expected=UNKNOWN,
-    name="vit_tokenizer",
-    preset="imagenet",
-  ),
-  "imagenet_conv": dict(
-    about="a convolutional plain VAE of stride 16, 16 channels",
-    expected=UNKNOWN,
-    name="conv_tokenizer",
-    model=dict(image_size=256, bottleneck="plain"),
-    beta=1e-6,
-  ),
   "speech_1600": dict(
     about="speech sigma-VAE, 15 latents of 32 channels a second",
     expected=_table5(0.813, 2.724, 0.926, 4.268, 3.491),
@@ -67,6 +54,19 @@ ROWS = {
     name="speech_tokenizer",
     preset="vibevoice",
   ),
+  "imagenet": dict(
+    about="image sigma-VAE, 172M parameters, 256 latents of 16 channels",
+    expected=UNKNOWN,
+    name="vit_tokenizer",
+    preset="imagenet",
+  ),
+  "imagenet_conv": dict(
+    about="a convolutional plain VAE of stride 16, 16 channels",
+    expected=UNKNOWN,
+    name="conv_tokenizer",
+    model=dict(image_size=256, bottleneck="plain"),
+    beta=1e-6,
+  ),
 }
 
 
@@ -77,12 +77,15 @@ def get_config(arg=None):
   c = latentlm.latent_tokenizer(row["name"], seed=arg.seed, **fields, dtype="bfloat16")
   c.task.beta = row.get("beta", 1e-2)
   if row["name"] == "speech_tokenizer":
-    c.data = latentlm.media("wav_folder", sample_rate=24_000, num_samples=c.model.num_samples)
+    c.data = latentlm.media(
+      "wav_folder", path="libritts", sample_rate=24_000, num_samples=c.model.num_samples
+    )
     c.task.update(reconstruction="l1", spectral_weight=1.0)
     # Rates, batches and steps of the speech tokenizers are unknown.
     c.batch_size, c.train_steps = 64, 400_000
   else:
-    c.data = latentlm.media("image_folder", size=256, channels=3, random_crop=True, flip=True)
+    c.data = latentlm.media("image_folder", path="imagenet/train", size=256, channels=3)
+    c.data.update(random_crop=True, flip=True)
     # 200 epochs of 1.28M images at this batch, which is unknown; layer-wise decay is left out.
     c.batch_size, c.train_steps = 1_024, 250_000
   c.optimizer.update(peak_lr=3e-4, weight_decay=0.05, warmup_steps=5_000)
