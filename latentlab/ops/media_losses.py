@@ -61,8 +61,8 @@ def spectral_distance(
   Args:
     sounds: Some.
     others: Others.
-    banks: A filter bank `[bins, bands]` for each resolution, whose window has `2 (bins - 1)` samples
-      and moves by a quarter of them.
+    banks: A filter bank `[bins, bands]` for each resolution, whose window has `2 (bins - 1)`
+      samples and moves by a quarter of them.
   """
   total = 0.0
   for bank in banks:
