@@ -1,5 +1,6 @@
 """Every config: all rows and scales build, at full size and abstractly; one row a file trains."""
 
+import dataclasses
 import importlib
 import itertools
 import pathlib
@@ -7,11 +8,14 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import pytest
 
 from experiments import tables
 from latentlab import data as data_lib
 from latentlab import eval as eval_lib
+from latentlab.data import media, media_files, mixed
+from latentlab.models import latent_tokenizer
 from latentlab.models.language_model import num_params
 from latentlab.train import loop, metrics, optim
 from latentlab.train.tasks import build_task
@@ -60,14 +64,72 @@ def _vocab_size(config):
   return config.data.vocab_size or data_lib.ByteTokenizer().vocab_size
 
 
-@_each
-def test_builds(file, argument):
-  config = _config(file, argument)
+def _task(config):
+  """The task of a config, whose data need not be there."""
+  kind = config.task.type
+  if kind == "latent_tokenizer":
+    if config.data.source.endswith("folder"):  # The user's.
+      config.data.path = "media"
+    media.MediaConfig.of(config.data.to_dict())
+    return build_task(config, 0)
+  if kind != "language_model":
+    return build_task(config, 0, _summary(config))
   if config.data.source == "path":  # The user's.
     config.data.path = "text.txt"
   data_lib.DataConfig.of(config.data.to_dict())
   assert config.data.vocab_size or config.data.tokenizer in ("bytes", "chars")
-  task = build_task(config, _vocab_size(config))
+  return build_task(config, _vocab_size(config))
+
+
+def _summary(config):
+  """What the data of latents would say of itself, of equal runs of one class in ten."""
+  mixed.LatentDataConfig.of(config.data.to_dict())
+  c = latent_tokenizer.build_config(config.tokenizer.model.to_dict())
+  return dict(
+    text_vocab_size=258,
+    dim=c.dim,
+    num_latents=c.num_latents,
+    equal_lengths=True,
+    num_classes=10,
+    noise=dataclasses.asdict(c.noise),
+    mean=0.0,
+    std=1.0,
+    seq_length=config.data.seq_length or c.num_latents + 8,
+    documents_per_row=1,
+    media_shape=list(c.media_shape),
+    codebook_size=c.codebook_size,
+  )
+
+
+def _batch(config, task):
+  """The shapes of a batch."""
+  ints = lambda shape, *names: dict.fromkeys(names, jax.ShapeDtypeStruct(shape, jnp.int32))
+  floats = lambda shape, *names: dict.fromkeys(names, jax.ShapeDtypeStruct(shape, jnp.float32))
+  rows = config.batch_size
+  if config.task.type == "latent_tokenizer":
+    media_shape = (rows, *task.model.config.media_shape)
+    return floats(media_shape, "media") | floats((rows,), "weights") | ints((rows,), "labels")
+  length = config.data.seq_length
+  if config.task.type != "language_model":
+    length = task.config.data.seq_length
+  shape = (rows, length)
+  batch = ints(shape, "inputs", "targets", "segment_ids") | floats(shape, "weights")
+  if config.task.type == "language_model":
+    return batch | ints(shape, "positions")
+  name, dim = config.data.modality, _summary(config)["dim"]
+  latents = [f"{part}/{name}" for part in ("latents", "next_latents")]
+  if _summary(config)["noise"]["kind"] == "learned":
+    latents += [f"{part}/{name}" for part in ("scales", "next_scales")]
+  if _summary(config)["codebook_size"]:
+    batch |= ints(shape, f"codes/{name}", f"next_codes/{name}")
+  batch |= ints(shape, "kinds", "next_kinds", "modes") | floats((*shape, dim), *latents)
+  return batch | {"droppable": jax.ShapeDtypeStruct(shape, jnp.bool_)}
+
+
+@_each
+def test_builds(file, argument):
+  config = _config(file, argument)
+  task = _task(config)
   params = jax.eval_shape(task.init, jax.random.key(0))
   assert optim.make_schedule(config.optimizer, config.train_steps)(0) > 0
   # Rows that differ in sizes alone have one program; names and switches say what they are made of.
@@ -76,17 +138,15 @@ def test_builds(file, argument):
   if kind in _traced:
     return
   _traced.add(kind)
-  shape = (config.batch_size, config.data.seq_length)
-  ints = dict.fromkeys(
-    ("inputs", "targets", "positions", "segment_ids"), jax.ShapeDtypeStruct(shape, jnp.int32)
-  )
-  batch = ints | {"weights": jax.ShapeDtypeStruct(shape, jnp.float32)}
+  batch = _batch(config, task)
   for group in task.groups:
+    args = () if group.count is None else (jax.eval_shape(group.count, batch),)
     grads, terms = jax.eval_shape(
-      jax.grad(lambda p, b, k, f=group.loss: ((t := f(p, b, k)).total, t), has_aux=True),
+      jax.grad(lambda p, *args, f=group.loss: ((t := f(p, *args)).total, t), has_aux=True),
       params,
       batch,
       jax.random.key(0),
+      *args,
     )
     assert terms.total.shape == terms.weight.shape == ()
     assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, params)
@@ -114,7 +174,15 @@ def _one_of_each_kind(evals):
 def test_one_row_trains(file, tmp_path):
   (tmp_path / "text.txt").write_text("Nobody expects the quick brown fox to jump again. " * 400)
   config = _config(file, _arguments(file)[-1], "smoke")
-  config.data.update(path=str(tmp_path / "text.txt"), cache_dir=str(tmp_path))
+  if config.task.type == "language_model":
+    config.data.path = str(tmp_path / "text.txt")
+  elif config.data.source == "wav_folder":
+    sound = np.sin(np.arange(2 * config.data.num_samples) / 9)
+    for name in ("a", "b", "c", "d"):
+      media_files.write_wav(tmp_path / f"sounds/{name}.wav", sound, config.data.sample_rate)
+    config.data.update(path=str(tmp_path / "sounds"), split_pattern="d")
+  if "cache_dir" in config.data:
+    config.data.cache_dir = str(tmp_path)
   config.train_steps = config.checkpoint_steps = 2
   config.evals = _one_of_each_kind(config.evals)
   loop.train(config, tmp_path / "run")

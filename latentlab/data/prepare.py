@@ -97,9 +97,10 @@ class DataConfig:
     return cls(**fields)
 
 
-def cache_dir(config: DataConfig) -> pathlib.Path:
-  if config.cache_dir:
-    return pathlib.Path(config.cache_dir).expanduser()
+def cache_dir(configured: str = "") -> pathlib.Path:
+  """Where things made once are kept: `config.data.cache_dir`, or the user's own place for such."""
+  if configured:
+    return pathlib.Path(configured).expanduser()
   base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
   return pathlib.Path(base) / "latentlab"
 
@@ -121,7 +122,7 @@ def prepare(
   if output is not None:
     token_file.check_output(output)
   corpus = _corpus(config)
-  cache = cache_dir(config)
+  cache = cache_dir(config.cache_dir)
   key = _key(corpus, config)
   path = cache / f"{corpus.name}-{key}.bin" if output is None else pathlib.Path(output)
   made = _find(path, key, verify=output is not None)

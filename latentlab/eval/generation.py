@@ -78,7 +78,7 @@ class Evaluator:
     """
     if self._features is None:
       media = self._data.media
-      cache = prepare_text.cache_dir(self._data.config)
+      cache = prepare_text.cache_dir(self._data.config.cache_dir)
       self._features = features_lib.build(self._name, media.splits["train"], cache)
       self._real = self._features.of_rows(media.splits[self._split])
     generator = self._task.generator(params, self._data)

@@ -153,7 +153,7 @@ def prepare(config: mixed.LatentDataConfig) -> LatentStore:
       f"{config.tokenizer_run!r} was trained on {tuple(c.media_shape)}; make them alike."
     )
   key = latent_store.digest(found.summary, _fingerprint(tokenizer))
-  path = prepare_text.cache_dir(config) / "latents" / key
+  path = prepare_text.cache_dir(config.cache_dir) / "latents" / key
   if path.exists():
     logger.info("Latents: %s.", path)
     return latent_store.read(path)

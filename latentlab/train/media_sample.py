@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -166,7 +167,7 @@ class LatentGenerator(Generator):
     means, _ = self.tokenizer.posterior(media)
     tokens_of = documents.captioned(means.shape[1])
     variables = {"params": self.params}
-    normal = np.asarray(model.apply(variables, m.name, means, method="normalize"))
+    normal = np.asarray(model.apply(variables, m.name, jnp.asarray(means), method="normalize"))
     prompts = [latent.prompt_items(model.config, tokens_of, {m.name: z}) for z in normal]
     bos = documents.tokenizer.bos_id
     drawn = latent.generate_items(
@@ -183,7 +184,7 @@ class LatentGenerator(Generator):
     return [documents.tokenizer.decode(t[t < 256]) for t in latent.drawn_tokens(drawn)]
 
   def _denormalize(self, run: np.ndarray) -> np.ndarray:
-    args = (self.task.modality.name, run)
+    args = (self.task.modality.name, jnp.asarray(run))
     return np.asarray(
       self.task.model.apply({"params": self.params}, *args, method="denormalize"), np.float32
     )

@@ -150,10 +150,10 @@ def test_errors(change, message, tmp_path):
 
 def test_cache_dir(monkeypatch, tmp_path):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-  assert prepare.cache_dir(prepare.DataConfig()) == tmp_path / "latentlab"
+  assert prepare.cache_dir() == tmp_path / "latentlab"
   monkeypatch.delenv("XDG_CACHE_HOME")
   monkeypatch.setenv("HOME", str(tmp_path / "home"))
-  assert prepare.cache_dir(prepare.DataConfig()) == tmp_path / "home/.cache/latentlab"
+  assert prepare.cache_dir() == tmp_path / "home/.cache/latentlab"
 
 
 def test_binary_killed_and_run_again(config, tmp_path):
