@@ -1,0 +1,61 @@
+"""Each row of LatentLM's comparison, from its config through the loop to samples and a table."""
+
+import numpy as np
+import pytest
+
+from experiments import tables
+from experiments.configs.latentlm import models
+from latentlab.train import loop, metrics
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+  """Where tokenizers are trained once for all rows."""
+  return tmp_path_factory.mktemp("home")
+
+
+def _config(row, home):
+  c = models.get_config(f"row={row},smoke")
+  c.train_steps = c.checkpoint_steps = c.tokenizer.train_steps = c.tokenizer.checkpoint_steps = 2
+  for evaluation in (*c.evals.values(), *c.tokenizer.evals.values()):
+    evaluation.update(every_steps=2)
+  c.evals.generation.features = "pixels"  # The classifier has tests of its own.
+  c.sample.num_samples = c.evals.generation.num_samples  # One program for both.
+  c.data.cache_dir = str(home)
+  c.data.tokenizer_run = str(home / models.ROWS[row].get("tokenizer", "sigma"))
+  return c
+
+
+@pytest.mark.parametrize("row", ["dit", "vq", "transfusion", "regression", "mixture"])
+def test_a_row_trains_and_is_drawn_from(row, home, tmp_path):
+  loop.train(_config(row, home), tmp_path)
+  last = metrics.read_metrics(tmp_path / "metrics.jsonl")[-1]
+  assert last["step"] == 2 and np.isfinite(last["train/loss"])
+  loss = "token_loss" if row == "vq" else "latent_loss"
+  assert np.isfinite(last[f"eval/validation/{loss}"]) and np.isfinite(last["eval/generation/fd"])
+  assert (tmp_path / "samples/images.png").stat().st_size > 0
+
+
+def test_the_table_has_an_evaluation_for_each_column(tmp_path):
+  table = tables.describe(models)
+  cells = tables.make_cells(table, tmp_path, scale="small", seeds=["0"])
+  assert {cell.run for cell in cells} == set(models.ROWS)
+  assert table.rows["dit_plain"].base == "latentlm_plain"
+
+
+@pytest.mark.parametrize(
+  ("argument", "message"),
+  [
+    ("row=vq,tokenizer=plain", "row=vq has codes, and tokenizer=plain has none"),
+    ("row=latentlm,tokenizer=vq", "unknown tokenizer='vq'"),
+  ],
+)
+def test_bad_arguments(argument, message):
+  with pytest.raises(ValueError, match=message):
+    models.get_config(argument)
+
+
+def test_a_tokenizer_takes_the_place_of_the_rows():
+  plain = models.get_config("row=dit,tokenizer=plain")
+  assert plain.tokenizer.to_dict() == models.get_config("row=dit_plain").tokenizer.to_dict()
+  assert plain.tokenizer.model.bottleneck == "plain"
