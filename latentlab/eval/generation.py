@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from latentlab.data import Data
@@ -102,8 +103,8 @@ class Evaluator:
       if name == "sampled":
         log_variances = None
         if noise.kind == "learned":
-          log_variances = 2 * np.log(np.stack([item.scales for item in means]))
-        runs = list(np.asarray(sample_latents(key, np.stack(runs), noise, log_variances)))
+          log_variances = 2 * jnp.log(jnp.stack([item.scales for item in means]))
+        runs = list(np.asarray(sample_latents(key, jnp.stack(runs), noise, log_variances)))
       media = generator.decode(runs)
       found = generation_metrics(media, None, self._real, self._features)
       yield f"rfd_{name}", found["frechet"]
