@@ -30,6 +30,7 @@ from latentlab.layers.latent_heads import (
 )
 from latentlab.layers.mar_head import MarHeadConfig
 from latentlab.models.language_model import LanguageModel, LanguageModelConfig
+from latentlab.models.transformer import transformer
 from latentlab.typing import Array, Bool, Float, Int, Key
 
 HeadConfig = DiffusionHeadConfig | MarHeadConfig | RegressionHeadConfig | MixtureHeadConfig
@@ -329,6 +330,46 @@ class StopClassifier(nn.Module):
     x = Projection((s.embed_dim,), ("embed", "mlp"), s.init.mlp_in, s.dtype, name="in_proj")(hidden)
     out = Projection((1,), ("mlp", None), s.init.mlp_out, jnp.float32, name="out_proj")
     return out(nn.silu(x).astype(jnp.float32))[..., 0]
+
+
+PRESETS = {
+  "base": dict(num_layers=12, embed_dim=768, num_heads=12, mlp_dim=3072, head_depth=3),
+  "medium": dict(num_layers=24, embed_dim=1024, num_heads=16, mlp_dim=4096, head_depth=3),
+  "large": dict(num_layers=24, embed_dim=1536, num_heads=12, mlp_dim=6144, head_depth=3),
+  "xl": dict(num_layers=24, embed_dim=2048, num_heads=16, mlp_dim=8192, head_depth=3),
+  "3b": dict(num_layers=32, embed_dim=2560, num_heads=20, mlp_dim=10240, head_depth=3),
+  "7b": dict(num_layers=32, embed_dim=4096, num_heads=32, mlp_dim=16384, head_depth=3),
+  "13b": dict(num_layers=40, embed_dim=5120, num_heads=40, mlp_dim=20480, head_depth=3),
+  "b": dict(num_layers=24, embed_dim=768, num_heads=12, mlp_dim=2048, head_depth=6),
+  "l": dict(num_layers=32, embed_dim=1024, num_heads=16, mlp_dim=2688, head_depth=8),
+  "h": dict(num_layers=40, embed_dim=1280, num_heads=20, mlp_dim=3392, head_depth=12),
+  # Of table 1, and of the model of text and images.
+  "table1": dict(num_layers=32, embed_dim=1024, num_heads=16, mlp_dim=2730, head_depth=6),
+  "multimodal": dict(num_layers=24, embed_dim=2048, num_heads=16, mlp_dim=6144, head_depth=6),
+}
+"""Sizes of the release (the first ten) and of the paper's runs; a head is as wide as the layers."""
+
+RELEASE = dict(feed_forward="swiglu", rope_grid="linspace", init="linear", tie_embeddings=True)
+"""Fields of `config.model` that the release's backbone has. Its norms have no scale; those here
+begin at one. Tied embeddings stand for its lack of a softmax, where there are classes alone."""
+
+
+def class_conditional(
+  preset: str, *, num_classes: int = 1000, dim: int = 16, num_latents: int = 256
+) -> LatentLMConfig:
+  """The release's model of images by class, over latents of a 16x16 grid.
+
+  Raises:
+    ValueError: the preset is unknown.
+  """
+  if preset not in PRESETS:
+    raise ValueError(f"unknown {preset=}; choose one of {sorted(PRESETS)}")
+  sizes = dict(PRESETS[preset])
+  head = DiffusionHeadConfig(depth=sizes.pop("head_depth"), mlp_dim=sizes["mlp_dim"])
+  special = SpecialTokens(0, 1, num_classes)
+  language = transformer(vocab_size=special.vocab_size, **sizes, **RELEASE)
+  modality = ModalityConfig("image", dim, head, num_latents, "fixed")
+  return LatentLMConfig(language, (modality,), 0, num_classes)
 
 
 NOT_TRAINED = r".*_normalizer/.*"

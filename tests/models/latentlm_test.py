@@ -10,7 +10,15 @@ from flax import linen as nn
 
 from latentlab import models
 from latentlab.layers.latent_heads import MixtureHeadConfig, RegressionHeadConfig
-from latentlab.models.latentlm import Items, LatentLM, ModalityConfig, SpecialTokens, empty_items
+from latentlab.models.latentlm import (
+  Items,
+  LatentLM,
+  ModalityConfig,
+  SpecialTokens,
+  class_conditional,
+  empty_items,
+  num_params,
+)
 
 BACKBONES = {
   "transformer": dict(num_kv_heads=1),
@@ -163,6 +171,26 @@ def test_special_tokens_fill_the_vocabulary_once():
   assert sorted(found) == list(range(10, special.vocab_size))
   with pytest.raises(ValueError, match="label=3 is no class; there are 3"):
     special.class_token(3)
+
+
+@pytest.mark.parametrize(
+  ("preset", "millions"),
+  [
+    ("base", 143.15),
+    ("medium", 455.4),
+    ("large", 1024),
+    ("xl", 1819),
+    ("3b", 3680),
+    ("b", 212.2),
+    ("l", 495),
+    ("h", 1007),
+    ("table1", 477),
+  ],
+)
+def test_latentlm_15_parameter_counts(preset, millions):
+  """Of the release's models with 16 channels and 1000 classes, and of table 1's."""
+  counts = num_params(class_conditional(preset))
+  assert counts["total"] / 1e6 == pytest.approx(millions, rel=1.1e-3)
 
 
 @pytest.mark.parametrize(
