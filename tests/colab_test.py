@@ -103,6 +103,16 @@ def test_yoco_has_one_cache_and_leaves_early(execute, tmp_path):
   assert (tmp_path / "run" / "combined" / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
+def test_latentlm_draws_digits_and_sweeps_steps_and_guidance(execute, tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  notebook = execute("latentlm.ipynb")
+  assert len(_pictures(notebook)) == 3  # Reconstructions, digits, the sweep.
+  printed = "".join(_printed(cell) for cell in notebook.cells if cell.cell_type == "code")
+  assert len(re.findall(r"steps, guidance [\d.]+: FD\(classifier\) [\d.]+", printed)) == 4
+  assert (tmp_path / "run" / "tokenizer" / "metrics.jsonl").exists()
+
+
 def test_every_notebook_is_run_here():
   source = pathlib.Path(__file__).read_text()
   for path in _NOTEBOOKS:
