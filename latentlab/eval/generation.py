@@ -1,4 +1,4 @@
-"""Media that a LatentLM draws, beside real ones and beside what its tokenizer can do at best.
+"""Media that a model over latents draws, beside real ones and beside what its tokenizer can do at best.
 
 Distances carry the name of their features: FD(classifier) is of a small classifier trained on the
 data, never the FID of a pretrained network.
@@ -42,7 +42,7 @@ class Evaluator:
     """Checks the fields; nothing is compiled, trained or drawn before the first run.
 
     Args:
-      task: A LatentLM's.
+      task: A model's over latents.
       data: Its latents.
       compile: Unused: samples are drawn on the devices of each process.
       num_samples: How many.
@@ -58,7 +58,7 @@ class Evaluator:
     """
     del compile
     if not hasattr(task, "generator"):
-      raise ValueError("a generation is of a LatentLM; config.task.type says which")
+      raise ValueError("a generation is of a model over latents; config.task.type says which")
     if features not in features_lib.NAMES:
       raise ValueError(f"{features=} are unknown; choose from {features_lib.NAMES}.")
     if num_samples < 10:

@@ -1,4 +1,4 @@
-"""Losses of a LatentLM on a split: of its tokens, as perplexity, and of its latents."""
+"""Losses of a model over latents on a split: of its tokens, as perplexity, and of its latents."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ class Evaluator:
     """Checks the fields; nothing is compiled before the first run.
 
     Args:
-      task: A LatentLM's.
+      task: A model's over latents.
       data: Holds the split.
       compile: See `runner.Compile`.
       split: Of the data.
@@ -35,7 +35,7 @@ class Evaluator:
       seed: Of noise and timesteps.
     """
     if not hasattr(task, "sums"):
-      raise ValueError("losses of items are of a LatentLM; config.task.type says which")
+      raise ValueError("losses of items are of a model over latents; config.task.type says which")
     if (max_batches or 0) < 0:
       raise ValueError(f"{max_batches=} must not be negative; 0 reads all.")
     self._batches, self._seed = data.eval_batches(split, max_batches or None), seed

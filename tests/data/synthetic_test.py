@@ -126,7 +126,11 @@ def test_many_shot_scores_the_labels_of_items_seen_before(options):
     ("multi_needle", dict(num_needles=27, key_length=1), "different keys of key_length=1"),
     ("many_shot", dict(num_classes=9), "num_classes=9 must be at most num_items=8"),
     ("many_shot", dict(num_items=27, item_length=1), "num_items=27 are more than the strings"),
-    ("multi_needle", dict(num_needles=6), "seq_length=32 of config.data is too short for .* at least 40"),
+    (
+      "multi_needle",
+      dict(num_needles=6),
+      "seq_length=32 of config.data is too short for .* at least 40",
+    ),
   ],
   ids=str,
 )
