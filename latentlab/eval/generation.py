@@ -1,4 +1,4 @@
-"""Media that a model over latents draws, beside real ones and beside what its tokenizer can do at best.
+"""Media drawn by a model over latents, beside real ones and what its tokenizer can do at best.
 
 Distances carry the name of their features: FD(classifier) is of a small classifier trained on the
 data, never the FID of a pretrained network.

@@ -8,8 +8,8 @@ r"""LatentLM on ImageNet by class: table 1, figure 4 and table 2 (https://arxiv.
 accelerators and a copy of ImageNet. FID is of a pretrained Inception network, which is not here:
 what is measured is the distance in features of a classifier trained on the data, which says how
 models compare with each other and nothing beside the paper's figures. The learning rates of figure
-4's models and the values of its curves are unknown. Arguments: `row`; `scale`, of which there is one;
-`smoke`, a run of seconds on digits; `seed`.
+4's models and the values of its curves are unknown. Arguments: `row`; `scale`, of which there is
+one; `smoke`, a run of seconds on digits; `seed`.
 """
 
 from experiments.configs import common
