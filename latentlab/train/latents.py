@@ -43,11 +43,16 @@ def resolved(
   return config
 
 
-def needs_tokenizer(config: ml_collections.ConfigDict) -> bool:
-  """Whether the tokenizer of a run has still to be trained, from `config.tokenizer`."""
-  if not of_latents(config) or not config.get("tokenizer"):
+def needs_tokenizer(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> bool:
+  """Whether a run trains a tokenizer of its own, and has not done so to the end.
+
+  Args:
+    config: The experiment as it was asked for; one that names a tokenizer's run trains none.
+    workdir: Of the run.
+  """
+  if not of_latents(config) or config.data.tokenizer_run or not config.get("tokenizer"):
     return False
-  saved = pathlib.Path(config.data.tokenizer_run) / "checkpoints"
+  saved = pathlib.Path(workdir) / TOKENIZER / "checkpoints"
   steps = [int(p.name) for p in saved.iterdir() if p.name.isdigit()] if saved.is_dir() else []
   return max(steps, default=0) < config.tokenizer.train_steps
 

@@ -77,7 +77,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dic
   _check(config)
   workdir = pathlib.Path(workdir).absolute()
   asked, config = config, latents.resolved(config, workdir)
-  if latents.needs_tokenizer(config):
+  if latents.needs_tokenizer(asked, workdir):
     logger.info("First the tokenizer, in %s.", config.data.tokenizer_run)
     train(config.tokenizer, config.data.tokenizer_run)
   data = _build_data(config)
