@@ -234,6 +234,7 @@ class LatentTokenizer(nn.Module):
 
   def decode_codes(self, codes: Int[Array, "B N"]) -> Float[Array, "B ..."]:
     """Media from indices of codes."""
+    self._check_vq("decode_codes")
     return self.decode(self.code_vectors(codes))
 
   def code_vectors(self, codes: Int[Array, "B N"]) -> Float[Array, "B N Z"]:

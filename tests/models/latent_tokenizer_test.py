@@ -143,7 +143,7 @@ def test_gradients_of_a_vq_go_straight_through(key):
 
 
 @pytest.mark.parametrize("chunks", [(1, 5), (2, 1, 3)], ids=str)
-def test_streaming_is_the_whole(chunks):
+def test_latentlm_16_streaming_is_the_whole(chunks):
   model, variables, media = _made(_SPEECH)
   apply = lambda *args, **options: model.apply(variables, *args, **options)
   out = jax.jit(apply)(media)
