@@ -155,7 +155,8 @@ def test_builds(file, argument):
 @_each
 def test_seed_and_smoke_are_arguments(file, argument):
   assert _config(file, argument, "seed=3").seed == 3
-  assert _config(file, argument, "smoke").train_steps <= 20
+  small = _config(file, argument, "smoke")
+  assert small.train_steps <= 20 and _task(small)
   with pytest.raises(ValueError, match="unknown config argument 'smok'"):
     _config(file, argument, "smok")
 

@@ -104,11 +104,11 @@ class ModalityConfig:
 
   def __post_init__(self):
     if self.stop not in STOPS:
-      raise ValueError(f"unknown {self.stop=}; choose one of {STOPS}")
+      raise ValueError(f"unknown stop={self.stop!r} of latents; choose one of {STOPS}")
     if self.stop == "fixed" and not self.num_latents:
       raise ValueError("stop='fixed' needs num_latents, and this modality's runs differ in length")
     if self.dim < 1 or not self.std > 0:
-      raise ValueError(f"{self.dim=} and {self.std=} of latents must be positive")
+      raise ValueError(f"dim={self.dim} and std={self.std} of latents must be positive")
 
 
 @dataclasses.dataclass(frozen=True)

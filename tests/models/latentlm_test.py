@@ -196,7 +196,7 @@ def test_latentlm_15_parameter_counts(preset, millions):
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    (dict(stop="bell"), "unknown self.stop='bell'"),
+    (dict(stop="bell"), "unknown stop='bell' of latents"),
     (dict(stop="fixed", num_latents=None), "stop='fixed' needs num_latents"),
     (dict(std=0.0), "must be positive"),
     (dict(dim=0), "must be positive"),

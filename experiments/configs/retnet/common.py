@@ -85,11 +85,12 @@ def get_config(
   if arg.smoke:
     common.smoke(c)
     every, batches = c.evals.validation.every_steps, c.evals.validation.max_batches
+  sizes = "small" if arg.smoke else arg.scale  # Of what has to fit into the width.
   if "num_heads" in c.model:
-    head_dim = row.get("head_dim", {"paper": 256, "small": 32})[arg.scale]
+    head_dim = row.get("head_dim", {"paper": 256, "small": 32})[sizes]
     c.model.num_heads = c.model.embed_dim // head_dim
   c.model.update(row.get("model", {}))
-  if arg.scale == "small":
+  if sizes == "small":
     c.model.update(row.get("small", {}))
 
   length = c.data.seq_length
