@@ -6,7 +6,7 @@ from typing import Any
 import ml_collections
 
 from latentlab.train import dit_task, latent_task, tokenizer_task, transfusion_task, vq_task
-from latentlab.train.task import RunTask, build_language_model
+from latentlab.train.task import Task, build_language_model
 
 TASKS = {
   "dit": lambda config, _, summary: dit_task.build(config, summary),
@@ -22,8 +22,8 @@ def build_task(
   config: ml_collections.ConfigDict,
   vocab_size: int,
   summary: Mapping[str, Any] | None = None,
-) -> RunTask:
-  """Builds the task that `config.task.type` names.
+) -> Task:
+  """Builds the task that `config.task.type` names; a `RunTask`, given the config of a whole run.
 
   Args:
     config: The experiment.

@@ -253,7 +253,7 @@ def test_runner_names_what_it_measures(data, params):
 @pytest.mark.parametrize(
   "section, message",
   [
-    (dict(every_steps=1), r"type=None is unknown; choose one of \[.*'perplexity'\]"),
+    (dict(every_steps=1), r"type=None is unknown; choose one of \[.*'perplexity'.*\]"),
     (dict(type="perplexity"), "every_steps=None must be a positive"),
     (
       dict(type="perplexity", every_steps=1, batches=3),

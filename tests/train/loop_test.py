@@ -197,7 +197,7 @@ def test_sigterm_saves_and_leaves(config, tmp_path, monkeypatch, finished):
       "length of 33 must be a mu",
     ),
     (dict(checkpoint=dict(keep_best="test/loss")), r"none of config.evals: \['validation'\]"),
-    (dict(evals=dict(validation=dict(type="perplex"))), r"choose one of \[.*'perplexity'\]"),
+    (dict(evals=dict(validation=dict(type="perplex"))), r"choose one of \[.*'perplexity'.*\]"),
     (dict(evals=dict(validation=dict(every_steps=0))), "validation.every_steps=0"),
     (dict(evals=dict(validation=dict(splt="x"))), "unknown fields.*splt.*max_batches"),
     (dict(evals=dict(validation=dict(split="test"))), "split='test'.*choose from"),
