@@ -102,7 +102,7 @@ def test_the_store_knows_its_moments_and_its_damage(tmp_path):
   assert store.meta["std"] == pytest.approx(np.sqrt(means.var() + (0.5 / 0.8) ** 2))
   np.save(tmp_path / "s/train.means.npy", means[:-1])
   with pytest.raises(ValueError, match="damaged; delete the folder"):
-    latent_store.read(tmp_path / "s").splits  # noqa: B018
+    _ = latent_store.read(tmp_path / "s").splits
   with pytest.raises(ValueError, match="holds no latents"):
     latent_store.read(tmp_path)
 
