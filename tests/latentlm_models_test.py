@@ -1,5 +1,7 @@
 """Each row of LatentLM's comparison, from its config through the loop to samples and a table."""
 
+import pathlib
+
 import jax
 import latent_cases as cases
 import numpy as np
@@ -16,8 +18,14 @@ from latentlab.train.tasks import build_task
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-  """Where tokenizers are trained once for all rows."""
+  """Where a tokenizer is trained once for all rows that ask for it."""
   return tmp_path_factory.mktemp("home")
+
+
+def _train_tokenizer(config):
+  run = pathlib.Path(config.data.tokenizer_run)
+  if not run.exists():
+    loop.train(config.tokenizer, run)
 
 
 def _config(row, home):
@@ -35,7 +43,9 @@ def _config(row, home):
 @pytest.mark.slow
 @pytest.mark.parametrize("row", ["dit", "vq", "transfusion"])
 def test_a_row_trains_and_is_drawn_from(row, home, tmp_path):
-  loop.train(_config(row, home), tmp_path)
+  config = _config(row, home)
+  _train_tokenizer(config)
+  loop.train(config, tmp_path)
   last = metrics.read_metrics(tmp_path / "metrics.jsonl")[-1]
   assert last["step"] == 2 and np.isfinite(last["train/loss"])
   loss = "token_loss" if row == "vq" else "latent_loss"
