@@ -18,6 +18,7 @@ from scipy import signal
 from scipy.io import wavfile
 
 from latentlab.data import collection, listing
+from latentlab.data import vowels as vowels_lib
 from latentlab.data.collection import Collection, Record
 
 
@@ -43,6 +44,7 @@ def folder(
   sample_rate: int,
   num_samples: int,
   label_pattern: str = "",
+  peak: float = 0.0,
 ) -> Collection:
   """The wav files of a folder, or those that a jsonl file names; see `listing.manifest`.
 
@@ -55,6 +57,7 @@ def folder(
     num_samples: Of an example, at most; 0 for as many as the longest sound has.
     label_pattern: A regular expression with one group: what it finds in a file's name is its label.
       Without it a sound's label is the subfolder it lies in, or the jsonl file's.
+    peak: Largest magnitude, to which each sound is scaled; 0 leaves it as it is.
   """
   if path.endswith(".jsonl"):
     records, paths = listing.manifest(path, "audio")
@@ -74,13 +77,14 @@ def folder(
         f"{first[1]}; set data.sample_rate to make them alike."
       )
     lengths.append(_resampled_length(len(sound), rate, sample_rate or rate))
-    contents.append(hashlib.sha256(content).digest())
+    scaled = repr(peak).encode() if peak else b""
+    contents.append(hashlib.sha256(content + scaled).digest())
   to_rate = sample_rate or first[1]
   num_samples = num_samples or max(lengths)
 
   def read(item: int) -> np.ndarray:
     rate, sound = decode(listing.content(paths[item]), str(paths[item]))
-    return resample(sound, rate, to_rate)
+    return _scaled(resample(sound, rate, to_rate), peak)
 
   return Collection(
     "audio",
@@ -92,6 +96,14 @@ def folder(
     digest=collection.digest(records, contents),
     sample_rate=to_rate,
   )
+
+
+def vowels(sample_rate: int, num_samples: int) -> Collection:
+  """The embedded sounds; see `data.vowels`."""
+  sample_rate = sample_rate or vowels_lib.SAMPLE_RATE
+  sounds, lengths, records = vowels_lib.make(sample_rate)
+  names = collection.class_names(records)
+  return in_memory(sounds, records, names, sample_rate, num_samples, lengths)
 
 
 def in_memory(
@@ -166,6 +178,11 @@ def resample(sound: np.ndarray, rate: int, to_rate: int) -> np.ndarray:
   common = math.gcd(rate, to_rate)
   # The filter overshoots.
   return np.clip(signal.resample_poly(sound, to_rate // common, rate // common), -1, 1)
+
+
+def _scaled(sound: np.ndarray, peak: float) -> np.ndarray:
+  loudest = np.abs(sound).max()
+  return sound * np.float32(peak / loudest) if peak and loudest else sound
 
 
 def _resampled_length(length: int, rate: int, to_rate: int) -> int:

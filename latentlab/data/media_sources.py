@@ -12,14 +12,16 @@ from latentlab.data.collection import Collection
 
 KINDS = {
   "digits": "image",
+  "vowels": "audio",
   "image_folder": "image",
   "captioned_images": "image",
   "wav_folder": "audio",
   "arrays": None,  # Their shape tells.
 }
 SOURCES = tuple(KINDS)
+EMBEDDED = ("digits", "vowels")
 _OF_IMAGES = ("size", "resize", "random_crop", "flip", "channels")
-_OF_SOUNDS = ("sample_rate", "num_samples")
+_OF_SOUNDS = ("sample_rate", "num_samples", "peak")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +29,11 @@ class MediaConfig:
   """The fields of `config.data` where its source is one of images or sounds.
 
   Attributes:
-    source: "digits" (embedded); "image_folder", images in folders named by their classes, or in
-      one; "captioned_images", a jsonl file (see `listing.manifest`); "wav_folder", a folder of wav
-      files or a jsonl file (see `audio.folder`); "arrays", an npz file (see `load_arrays`).
-    path: What the other sources than "digits" read.
+    source: "digits" and "vowels" are embedded; "image_folder", images in folders named by their
+      classes, or in one; "captioned_images", a jsonl file (see `listing.manifest`); "wav_folder", a
+      folder of wav files or a jsonl file (see `audio.folder`); "arrays", an npz file (see
+      `load_arrays`).
+    path: What sources that are not embedded read.
     validation_fraction: Part of the items held out, by a hash of their names.
     split_pattern: A regular expression; items in whose name it is found are held out instead.
     class_names: The classes in the order of their numbers; those found, sorted, if empty.
@@ -45,6 +48,8 @@ class MediaConfig:
       as they are. Of arrays it is what they have.
     num_samples: Of a sound, at most: training cuts longer ones anywhere, and shorter ones are
       padded; 0 pads all to the longest.
+    peak: Largest magnitude of a sound, to which each file is scaled; 0 leaves it as it is. Of
+      recordings of several levels a loss of absolute errors hears the loud ones alone.
   """
 
   source: str = "digits"
@@ -61,11 +66,12 @@ class MediaConfig:
   channels: int = 0
   sample_rate: int = 0
   num_samples: int = 0
+  peak: float = 0.0
 
   def __post_init__(self):
     if self.source not in SOURCES:
       raise ValueError(f"data.source={self.source!r} is unknown; choose from {SOURCES}.")
-    if bool(self.path) != (self.source != "digits"):
+    if bool(self.path) != (self.source not in EMBEDDED):
       raise ValueError(
         f"data.path={self.path!r} with data.source={self.source!r}: "
         + ("leave the path out." if self.path else "give the path that it reads.")
@@ -82,14 +88,21 @@ class MediaConfig:
     for field in _OF_SOUNDS:
       if (value := getattr(self, field)) < 0:
         raise ValueError(f"data.{field}={value} must not be negative; 0 takes what sounds have.")
+    if self.peak > 1:
+      raise ValueError(f"data.peak={self.peak} is above 1, the largest magnitude that there is.")
+    if self.peak and self.source != "wav_folder":
+      raise ValueError(
+        f"data.peak={self.peak} is of data.source='wav_folder', and this one is {self.source!r}; "
+        "leave it out."
+      )
     for field in ("class_names", "class_captions"):
       if isinstance(value := getattr(self, field), str):
         raise ValueError(f"data.{field}={value!r} must be a list, ({value!r},) say.")
 
-    if self.source == "digits" and self.class_names:
+    if self.source in EMBEDDED and self.class_names:
       raise ValueError(
-        f"data.class_names={tuple(self.class_names)}, but the classes of data.source='digits' have "
-        "names; leave it out."
+        f"data.class_names={tuple(self.class_names)}, but the classes of data.source="
+        f"{self.source!r} have names; leave it out."
       )
     if kind := KINDS[self.source]:
       self.check_kind(kind)
@@ -132,12 +145,15 @@ def find(config: MediaConfig) -> Collection:
   match config.source:
     case "digits":
       return images.digits(*of_images)
+    case "vowels":
+      return audio.vowels(*of_sounds)
     case "image_folder":
       return images.folder(config.path, config.class_names, *of_images)
     case "captioned_images":
       return images.captioned(config.path, config.class_names, *of_images)
     case "wav_folder":
-      return audio.folder(config.path, config.class_names, *of_sounds, config.label_pattern)
+      fields = (config.label_pattern, config.peak)
+      return audio.folder(config.path, config.class_names, *of_sounds, *fields)
     case _:
       return load_arrays(config)
 

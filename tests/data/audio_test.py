@@ -197,3 +197,42 @@ def test_wav_files_are_read_back(tmp_path):
       media_files.write_wav(tmp_path / "b.wav", bad, 8000)
   with pytest.raises(ValueError, match="sample_rate=0"):
     media_files.write_wav(tmp_path / "b.wav", np.zeros(3), 0)
+
+
+def test_vowels_are_their_pitch_and_resonances():
+  built = data.build(dict(source="vowels"), 4)
+  rows = built.splits["train"]
+  assert built.summary["sample_rate"] == 8000 and rows.class_names == ("a", "e", "i", "o", "u")
+  assert built.summary == data.build(dict(source="vowels"), 4).summary  # The same at each call.
+  chosen = np.arange(0, rows.num_rows, 4)
+  batch, names = rows.rows(chosen), [rows.names[i] for i in chosen]
+  assert np.abs(batch["media"]).max() <= 0.5 and len(set(batch["lengths"])) > 50
+  pitches, peaks = {}, {}
+  for name, sound, length in zip(names, batch["media"][..., 0], batch["lengths"], strict=True):
+    vowel, speaker, _ = name.split("_")
+    spectrum = np.abs(np.fft.rfft(sound[:length] * np.hanning(length), 1 << 15))
+    hertz = np.arange(len(spectrum)) * 8000 / (1 << 15)
+    correlation = np.correlate(sound[:length], sound[:length], "full")[length:]
+    pitches.setdefault(speaker, []).append(8000 / (correlation[25:110].argmax() + 26))
+    above = (hertz > 1400) & (hertz < 3500)
+    peaks.setdefault(vowel, []).append((spectrum[above] ** 2).sum() / (spectrum**2).sum())
+  by_speaker = [np.median(pitches[s]) for s in sorted(pitches)]
+  np.testing.assert_allclose(by_speaker, 0.925 * 95 * 2.4 ** np.linspace(0, 1, 6), rtol=0.12)
+  # The second resonance of e and i lies high, that of o and u low.
+  high = {vowel: np.mean(shares) for vowel, shares in peaks.items()}
+  assert min(high["e"], high["i"]) > 3 * max(high["o"], high["u"])
+
+
+def test_sounds_may_be_scaled_to_one_peak(folder):
+  plain, scaled = (data.build(_fields(folder, **more), 4) for more in ({}, dict(peak=0.25)))
+  for a, b in ((plain.splits[n].item(1), scaled.splits[n].item(1)) for n in plain.splits):
+    np.testing.assert_allclose(b, a * 0.25 / np.abs(a).max(), rtol=1e-6)
+  assert plain.summary["media_sha256"] != scaled.summary["media_sha256"]
+  for bad, message in (
+    (_fields(folder, peak=1.5), "data.peak=1.5 is above 1"),
+    (dict(source="vowels", peak=0.5), "data.peak=0.5 is of data.source='wav_folder'"),
+    (dict(source="vowels", sample_rate=4000), "data.sample_rate=4000 is too low for vowels"),
+    (dict(source="vowels", class_names=("a",)), "data.source='vowels' have names"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      data.build(bad, 4)
