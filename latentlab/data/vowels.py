@@ -17,7 +17,7 @@ FORMANTS = {
   "u": (300, 870, 2240),
 }
 """Resonances in Hz."""
-SPEAKERS, TAKES = 6, 12
+SPEAKERS, TAKES = 6, 8
 SAMPLE_RATE = 8_000
 """Where none is asked for."""
 
@@ -71,11 +71,10 @@ def _voiced(
   time = np.arange(length) / sample_rate
   fall = 1 - 0.15 * np.linspace(0, 1, length)
   phase = 2 * np.pi * np.cumsum(pitch * fall) / sample_rate
-  harmonics = np.arange(1, int(0.45 * sample_rate / pitch))[:, None]
-  frequency = harmonics * pitch * fall
-  squares = frequency[..., None] ** 2 - formants**2
-  gains = formants**2 / np.hypot(squares, _BANDWIDTH * frequency[..., None])
-  voice = (gains.prod(-1) / harmonics**0.5 * np.sin(harmonics * phase)).sum(0)
+  harmonics = np.arange(1, int(0.45 * sample_rate / pitch))
+  frequency = harmonics[:, None] * pitch * fall.mean()
+  gains = formants**2 / np.hypot(frequency**2 - formants**2, _BANDWIDTH * frequency)
+  voice = gains.prod(1) / harmonics**0.5 @ np.sin(harmonics[:, None] * phase)
   voice += 0.002 * np.abs(voice).max() * rng.normal(size=length)
   fade = np.minimum(np.minimum(time, time[::-1]) / 0.03, 1)
   return 0.5 * fade * voice / np.abs(voice).max()
