@@ -117,7 +117,7 @@ def write(
   """Writes a folder of latents, whole or not at all.
 
   Args:
-    path: The folder; must not exist.
+    path: The folder. If another process makes it meanwhile, of the same things, that one is kept.
     splits: Items by split.
     meta: See `LatentStore`; `mean` and `std` are added.
   """
@@ -131,7 +131,12 @@ def write(
     stats = {"mean": mean, "std": float(np.sqrt(variance + noise_std**2))}
     text = dict(meta) | stats | {"version": _VERSION, "splits": sorted(moments)}
     files.write_json(temporary / _META, text)
-    temporary.rename(path)
+    try:
+      temporary.rename(path)
+    except OSError:
+      if not (path / _META).is_file():
+        raise
+      shutil.rmtree(temporary)  # Another process was first.
   except BaseException:
     shutil.rmtree(temporary, ignore_errors=True)
     raise
@@ -146,6 +151,8 @@ def digest(*parts: Any) -> str:
 
 def _noise_std(noise: Mapping[str, Any]) -> float:
   """Standard deviation that a noise of its own adds to channels; 0 where items bring theirs."""
+  if noise.get("on_sphere"):  # Latents are put back on it, where they are as long as their means.
+    return 0.0
   kind, std = noise["kind"], noise.get("std", 0.0)
   # A scale drawn from N(0, (std / 0.8)^2) makes noise of that standard deviation.
   return {"gaussian_scale": std / 0.8, "fixed": std}.get(kind, 0.0)

@@ -107,6 +107,23 @@ def test_the_store_knows_its_moments_and_its_damage(tmp_path):
     latent_store.read(tmp_path)
 
 
+def test_noise_on_a_sphere_adds_nothing_to_the_moments(tmp_path):
+  noise = cases.NOISE | dict(kind="fixed", on_sphere=True)
+  store = cases.store(tmp_path / "s", noise=noise)
+  means = np.asarray(store.splits["train"].means, np.float64)
+  assert store.meta["std"] == pytest.approx(means.std())
+
+
+def test_two_processes_may_write_the_same_latents(tmp_path):
+  def items():
+    yield latent_store.LatentItem(np.ones((2, cases.DIM), np.float32))
+    cases.store(tmp_path / "s")  # Another process is done first.
+
+  written = latent_store.write(tmp_path / "s", {"train": items()}, {"noise": cases.NOISE})
+  assert len(written.splits["train"]) == 6
+  assert [p.name for p in tmp_path.iterdir()] == ["s"]
+
+
 def test_a_failed_write_leaves_nothing(tmp_path):
   def items():
     yield latent_store.LatentItem(np.full((2, cases.DIM), np.nan, np.float32))
