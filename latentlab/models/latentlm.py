@@ -31,7 +31,7 @@ from latentlab.layers.latent_heads import (
 from latentlab.layers.mar_head import MarHeadConfig
 from latentlab.models.language_model import LanguageModel, LanguageModelConfig
 from latentlab.models.transformer import transformer
-from latentlab.typing import Array, Bool, Float, Int, Key
+from latentlab.typing import Array, Float, Int, Key
 
 HeadConfig = DiffusionHeadConfig | MarHeadConfig | RegressionHeadConfig | MixtureHeadConfig
 
@@ -374,11 +374,6 @@ def class_conditional(
 
 NOT_TRAINED = r".*_normalizer/.*"
 """Paths of parameters that are measured."""
-
-
-def target_masks(config: LatentLMConfig, kinds: Int[Array, "B T"]) -> dict[str, Bool[Array, "B T"]]:
-  """By modality, where an item is one of its latents."""
-  return {m.name: kinds == i + 1 for i, m in enumerate(config.modalities)}
 
 
 def num_params(config: LatentLMConfig) -> dict[str, int]:
