@@ -15,8 +15,9 @@ from latentlab import data as data_lib
 from latentlab.data import latent_store, media, mixed
 from latentlab.data import prepare as prepare_text
 from latentlab.data.latent_store import LatentItem, LatentStore
-from latentlab.models.latent_tokenizer import LatentTokenizer
+from latentlab.models.latent_tokenizer import LatentTokenizer, LatentTokenizerConfig
 from latentlab.models.latentlm import SpecialTokens
+from latentlab.models.tokenizer_bodies import SpeechBody
 from latentlab.train import checkpoint, tokenizer_task, workdir_files
 from latentlab.train.state import unbox
 from latentlab.typing import Params
@@ -152,10 +153,11 @@ def prepare(config: mixed.LatentDataConfig) -> LatentStore:
   c = tokenizer.model.config
   found = media.build(config.media, tokenizer.batch_size)
   shape = tuple(found.summary["shape"])
-  if shape != tuple(c.media_shape):
+  if not _fits(c, shape):
     raise ValueError(
       f"data.media has examples of shape {shape}, and the tokenizer of data.tokenizer_run="
-      f"{config.tokenizer_run!r} was trained on {tuple(c.media_shape)}; make them alike."
+      f"{config.tokenizer_run!r} was trained on {tuple(c.media_shape)}; make them alike; "
+      "lengths of sounds may differ, where they make whole latents."
     )
   key = latent_store.digest(found.summary, _fingerprint(tokenizer))
   path = prepare_text.cache_dir(config.cache_dir) / "latents" / key
@@ -169,7 +171,7 @@ def prepare(config: mixed.LatentDataConfig) -> LatentStore:
     modality=config.modality,
     dim=c.dim,
     noise=dataclasses.asdict(c.noise),
-    num_latents=c.num_latents,
+    num_latents=c.num_latents * shape[0] // c.media_shape[0],
     codebook_size=c.codebook_size,
     num_classes=split.num_classes,
     class_names=list(split.class_names),
@@ -179,6 +181,13 @@ def prepare(config: mixed.LatentDataConfig) -> LatentStore:
   )
   items = {name: _encode(tokenizer, rows, name) for name, rows in found.splits.items()}
   return latent_store.write(path, items, meta)
+
+
+def _fits(config: LatentTokenizerConfig, shape: tuple[int, ...]) -> bool:
+  """Whether a tokenizer encodes media of a shape; its training may have seen parts of sounds."""
+  if isinstance(config.body, SpeechBody):
+    return shape[1] == config.media_shape[1] and shape[0] % config.body.hop == 0
+  return shape == tuple(config.media_shape)
 
 
 def _fingerprint(tokenizer: TrainedTokenizer) -> str:

@@ -117,15 +117,15 @@ class Generator(abc.ABC):
 
   def decode(self, runs: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Media of runs of latents; those of short runs are cut accordingly."""
-    c = self.tokenizer.model.config
+    dim, longest = self.data.store.meta["dim"], self.data.store.meta["num_latents"]
     media: list[np.ndarray] = []
     for start in range(0, len(runs), self.batch_size):
       part = runs[start : start + self.batch_size]
-      padded = np.zeros((self.batch_size, c.num_latents, c.dim), np.float32)
+      padded = np.zeros((self.batch_size, longest, dim), np.float32)
       for row, run in enumerate(part):
-        padded[row, : len(run)] = run[: c.num_latents]
+        padded[row, : len(run)] = run[:longest]
       for row, run in zip(self.tokenizer.decode(padded), part, strict=False):
-        media.append(row[: len(run) * row.shape[0] // c.num_latents] if row.ndim == 2 else row)
+        media.append(row[: len(run) * row.shape[0] // longest] if row.ndim == 2 else row)
     return media
 
 
