@@ -76,12 +76,10 @@ class Cell:
 
   def seconds(self) -> float:
     """Time in training steps, compilation included, over all processes that ran the cell."""
-    tokens = self.config.batch_size * self.config.data.seq_length
     total, previous = 0.0, 0
     for line in self.lines():
       total += line.get("perf/compile_sec", 0.0)
-      if speed := line.get("perf/tokens_per_sec"):
-        total += (line["step"] - previous) * tokens / speed
+      total += (line["step"] - previous) * line.get("perf/step_sec", 0.0)
       if "train/loss" in line:
         previous = line["step"]
     return total

@@ -80,6 +80,7 @@ class Throughput:
     self.restart()
     metrics: dict[str, float] = {}
     if steps:
+      metrics["perf/step_sec"] = seconds / steps
       metrics["perf/tokens_per_sec"] = steps * self._tokens / seconds
       metrics["perf/model_flops_per_sec"] = metrics["perf/tokens_per_sec"] * self._flops
       if peak := peak_flops(self._devices[0]):

@@ -92,6 +92,7 @@ def test_throughput_leaves_pauses_out(monkeypatch):
   with throughput.paused():
     now[0] += 100.0
   read = throughput.read()
+  assert read["perf/step_sec"] == pytest.approx(0.5)
   assert read["perf/tokens_per_sec"] == pytest.approx(200)
   assert read["perf/model_flops_per_sec"] == pytest.approx(550e12)
   assert read["perf/mfu"] == pytest.approx(1.0)
