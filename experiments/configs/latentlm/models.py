@@ -37,8 +37,19 @@ UNKNOWN = dict.fromkeys(METRICS)
 
 ROWS = {
   "latentlm": dict(about="LatentLM, sigma-VAE", expected=UNKNOWN),
+  "latentlm_one_draw": dict(
+    about="LatentLM, one noise a latent in each step, as DiT has",
+    expected=UNKNOWN,
+    head_fields=dict(num_draws=1),
+  ),
   "dit": dict(about="DiT, all latents at once", expected=UNKNOWN, model="dit"),
-  "vq": dict(about="a language model of 64 codes", expected=UNKNOWN, model="vq", tokenizer="vq"),
+  "vq": dict(
+    about="a language model of 64 codes, dropout 0.2",  # Without, it learns its codes by heart.
+    expected=UNKNOWN,
+    model="vq",
+    tokenizer="vq",
+    model_fields=dict(dropout_rate=0.2),
+  ),
   "transfusion": dict(
     about="Transfusion, all latents at once", expected=UNKNOWN, model="transfusion"
   ),
@@ -78,9 +89,12 @@ def get_config(arg=None):
   tokenizer = _tokenizer(arg.tokenizer or of_row, arg.seed)
   options = {"head": row["head"]} if "head" in row else {}
   c = getattr(latentlm, model)(tokenizer, seed=arg.seed, **options)
+  c.model.update(row.get("model_fields", {}))
+  if "head_fields" in row:
+    c.latents.head.update(row["head_fields"])
   c.train_steps, c.log_steps, c.checkpoint_steps = 2_000, 50, 500
   c.sample.update(num_samples=100, guidance=1.5)
-  c.evals.generation = latentlm.generation(1_000, guidance=1.5)
+  c.evals.generation = latentlm.generation(2_000, guidance=1.5)
   return latentlm.smoke(c) if arg.smoke else c
 
 
