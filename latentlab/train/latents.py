@@ -5,6 +5,7 @@ import functools
 import logging
 import pathlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import ml_collections
@@ -159,7 +160,7 @@ def prepare(config: mixed.LatentDataConfig) -> LatentStore:
       f"{config.tokenizer_run!r} was trained on {tuple(c.media_shape)}; make them alike; "
       "lengths of sounds may differ, where they make whole latents."
     )
-  key = latent_store.digest(found.summary, _fingerprint(tokenizer))
+  key = latent_store.digest(_contents(found), _fingerprint(tokenizer))
   path = prepare_text.cache_dir(config.cache_dir) / "latents" / key
   if path.exists():
     logger.info("Latents: %s.", path)
@@ -188,6 +189,16 @@ def _fits(config: LatentTokenizerConfig, shape: tuple[int, ...]) -> bool:
   if isinstance(config.body, SpeechBody):
     return shape[1] == config.media_shape[1] and shape[0] % config.body.hop == 0
   return shape == tuple(config.media_shape)
+
+
+def _contents(found: media.MediaData) -> tuple[Any, ...]:
+  """What latents and all that is kept beside them are made of, beyond the media's own contents."""
+  collection = found.splits["train"].collection
+  items = {
+    name: [list(rows.names), rows.labels.tolist(), list(rows.captions)]
+    for name, rows in found.splits.items()
+  }
+  return found.summary, list(collection.class_names), repr(collection.transform), items
 
 
 def _fingerprint(tokenizer: TrainedTokenizer) -> str:

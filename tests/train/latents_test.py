@@ -1,0 +1,56 @@
+"""What latents are kept under: everything that they, their classes and their texts depend on."""
+
+import jax
+import numpy as np
+import pytest
+
+from latentlab.data import mixed
+from latentlab.models import latent_tokenizer
+from latentlab.models.latent_tokenizer import LatentTokenizer
+from latentlab.train import latents
+from latentlab.train.state import unbox
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+  sizes = dict(image_size=4, channels=1, patch_size=2, num_layers=1, embed_dim=8, num_heads=1)
+  config = latent_tokenizer.build_config(dict(name="vit_tokenizer", dim=2, **sizes))
+  model = LatentTokenizer(config)
+  params = unbox(jax.jit(model.init)(jax.random.key(0), np.zeros((1, 4, 4, 1))))["params"]
+  return latents.TrainedTokenizer(model, params, batch_size=8)
+
+
+@pytest.fixture
+def prepared(tmp_path, tokenizer, monkeypatch):
+  """Latents of eight images of two classes, given fields of `config.data.media`."""
+  monkeypatch.setattr(latents, "load_tokenizer", lambda run: tokenizer)
+  pixels = np.random.default_rng(0).integers(0, 256, (8, 6, 6), np.uint8)
+  path = tmp_path / "media.npz"
+  np.savez(path, media=pixels, labels=np.array(["a", "b"] * 4), names=list("stuvwxyz"))
+
+  def make(**fields):
+    media = dict(source="arrays", path=str(path), size=4, validation_fraction=0.2) | fields
+    config = mixed.LatentDataConfig(media=media, tokenizer_run="run", cache_dir=str(tmp_path))
+    return latents.prepare(config)
+
+  return make
+
+
+def test_latents_are_found_again(prepared):
+  assert prepared().path == prepared().path
+
+
+def test_latents_follow_what_they_are_made_of(prepared):
+  store = prepared(class_names=("a", "b"))
+  whole = prepared(resize=6)  # Of other pixels.
+  assert whole.splits["train"].item(0).means.shape == store.splits["train"].item(0).means.shape
+  assert not np.allclose(whole.splits["train"].means, store.splits["train"].means)
+  turned = prepared(class_names=("b", "a"))
+  assert turned.meta["class_names"] == ["b", "a"]
+  np.testing.assert_array_equal(turned.splits["train"].labels, 1 - store.splits["train"].labels)
+  told = prepared(class_captions=("an a", "a b"))
+  assert set(told.splits["train"].captions) == {"an a", "a b"}
+  other = prepared(class_captions=("one", "two"))
+  assert set(other.splits["train"].captions) == {"one", "two"}
+  held_out = [prepared(split_pattern=p).splits["validation"] for p in ("s", "t")]
+  assert held_out[0].labels.tolist() != held_out[1].labels.tolist()
