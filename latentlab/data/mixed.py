@@ -18,12 +18,11 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import grain
 import numpy as np
 
 from latentlab.data import media as media_lib
 from latentlab.data import tokenizers
-from latentlab.data.batches import Batch, Data, epoch_seed
+from latentlab.data.batches import Batch, Data, check_place, shuffled
 from latentlab.data.latent_store import LatentItem, LatentSplit, LatentStore
 
 CONDITIONS = ("class", "text", "caption", "both", "none")
@@ -201,13 +200,7 @@ class LatentRows:
     return -(-self.num_documents // self.per_row)
 
   def order(self, indices: np.ndarray, seed: int) -> np.ndarray:
-    n, out = self.num_rows, np.empty(len(indices), np.int64)
-    for j, index in enumerate(indices.tolist()):
-      epoch, place = divmod(index, n)
-      out[j] = grain.experimental.index_shuffle(
-        place, max_index=n - 1, seed=epoch_seed(seed, epoch), rounds=4
-      )
-    return out
+    return shuffled(indices, self.num_rows, seed)
 
   def rows(self, indices: np.ndarray) -> Batch:
     batch = _empty_batch(len(indices), self)
@@ -301,14 +294,20 @@ def build(
   Raises:
     ValueError: a document does not fit into a row, or the data lacks what documents are made of.
   """
-  if batch_size < 1 or batch_size % process_count:
-    raise ValueError(f"batch_size={batch_size} must be a positive multiple of {process_count=}.")
+  check_place(batch_size, process_index, process_count)
   tokenizer = tokenizers.ByteTokenizer()
   documents = Documents(tokens, tokenizer, config.condition, config.max_text, stop)
   if config.condition == "class" and any((s.labels < 0).any() for s in store.splits.values()):
     raise ValueError(
       "data.condition='class' needs a class of every item, and data.media has items without; "
       "choose data.condition='none' or 'text'."
+    )
+  has_text = any(text for s in store.splits.values() for text in s.captions)
+  if config.condition in ("text", "caption", "both") and not has_text:
+    raise ValueError(
+      f"data.condition={config.condition!r} needs texts of items, and data.media has none; give a "
+      "text for each class in data.media.class_captions, or choose data.condition='class' or "
+      "'none'."
     )
   longest = max(documents.longest(split) for split in store.splits.values())
   seq_length = config.seq_length or longest
@@ -331,6 +330,7 @@ def build(
   lengths = np.concatenate([split.lengths for split in store.splits.values()])
   summary = dict(store.meta) | dict(
     text_vocab_size=tokenizer.vocab_size,
+    num_latents=int(lengths.max()),  # A tokenizer may take longer media than there are.
     equal_lengths=bool((lengths == lengths[0]).all()),
     train_rows=splits["train"].num_rows,
     seq_length=seq_length,

@@ -73,6 +73,24 @@ def test_rows_are_packed_with_what_surely_fits(tmp_path):
   assert not data.summary["equal_lengths"]
 
 
+def test_runs_are_as_long_as_the_media(tmp_path):
+  store = cases.store(tmp_path / "s")
+  padded = dataclasses.replace(store, meta=store.meta | dict(num_latents=9))  # Sounds of a half.
+  config = mixed.LatentDataConfig()
+  data = mixed.build(config, padded, cases.tokens("class"), "fixed", 2)
+  assert data.summary["num_latents"] == 4 and data.summary["equal_lengths"]
+
+
+@pytest.mark.parametrize("condition", ["text", "caption", "both"])
+def test_media_without_texts_are_an_error_where_texts_are_learnt(tmp_path, condition):
+  items = [latent_store.LatentItem(np.zeros((2, cases.DIM), np.float32), 0)]
+  meta = dict(key="k", dim=cases.DIM, noise=cases.NOISE)
+  store = latent_store.write(tmp_path / "s", {"train": items}, meta)
+  config = mixed.LatentDataConfig(condition=condition)
+  with pytest.raises(ValueError, match=f"{condition!r} needs texts of items.*class_captions"):
+    mixed.build(config, store, cases.tokens(condition), "token", 2)
+
+
 def test_the_iterator_resumes(tmp_path):
   data = cases.data(tmp_path / "s", batch_size=2)
   whole = [b for b, _ in zip(data.train_iterator(3), range(7), strict=False)]
