@@ -194,6 +194,30 @@ class Transfusion(nn.Module):
     hidden, _ = self._hidden(tokens, latent, noisy, time, cache=cache)
     return self._predict(hidden, time)
 
+  def read(
+    self, tokens: Int[Array, "B T"], latents: Float[Array, "B T Z"], capacity: int
+  ) -> tuple[Float[Array, "B vocab"], DecoderCache]:
+    """Scores of the token behind rows with images without noise, and a cache that holds them.
+
+    Args:
+      tokens: Tokens, and what stands in for latents.
+      latents: Latents; anything at tokens.
+      capacity: Items that the cache has room for.
+    """
+    is_latent = tokens == self.config.special.latent(0)
+    rows, width = tokens.shape
+    room = ((0, 0), (0, 0), (0, capacity - width))
+    hidden, cache = self._hidden(
+      tokens,
+      is_latent,
+      latents,
+      self.time(jnp.zeros(tokens.shape)),
+      cache=init_cache(self.config.masked, rows, capacity),
+      allowed=jnp.pad(visible(is_latent), room),
+      fresh=True,
+    )
+    return self.language.logits(hidden[:, -1]), cache
+
   def _hidden(self, tokens, is_latent, noisy, time, **options):
     latents = jnp.where(is_latent[..., None], noisy, 0.0).astype(time.dtype)
     replaced = is_latent, self.latent_proj(latents) + time

@@ -43,6 +43,7 @@ from latentlab.ops.diffusion_solvers import (
 )
 from latentlab.ops.latents import (
   Noise,
+  behind_latents,
   code_usage,
   gaussian_kl,
   nearest_codes,
@@ -98,6 +99,7 @@ __all__ = [
   "attention",
   "attention_maps",
   "attention_resolution",
+  "behind_latents",
   "check_timesteps",
   "chunkwise_row_scale",
   "code_usage",

@@ -11,7 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from latentlab.typing import Array, Float, Int, Key
+from latentlab.typing import Array, Bool, Float, Int, Key
 
 NOISES = ("gaussian_scale", "fixed", "learned", "none")
 SCALES_PER = ("example", "token")
@@ -61,6 +61,17 @@ class Noise:
   def draw_scales(self, key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Array, "..."]:
     """Scales of `gaussian_scale` noise, one for each that `per` names."""
     return self.std / _MEAN_OF_ABSOLUTE * jax.random.normal(key, shape)
+
+
+def behind_latents(kinds: Int[Array, "B T"], segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+  """Items that are no latents and have one before them in their document.
+
+  Args:
+    kinds: Above 0 at latents.
+    segment_ids: Packed documents, whose ids rise along a row; 0 is padding.
+  """
+  last = jax.lax.cummax(jnp.where(kinds > 0, segment_ids, 0), axis=1)
+  return (kinds == 0) & (segment_ids > 0) & (last == segment_ids)
 
 
 def sample_latents(

@@ -12,7 +12,7 @@ import ml_collections
 
 from latentlab.data import Data
 from latentlab.models.latentlm import NOT_TRAINED, Normalizer, SpecialTokens
-from latentlab.ops.latents import Noise, to_sphere
+from latentlab.ops.latents import Noise, behind_latents, to_sphere
 from latentlab.train import media_sample, optim
 from latentlab.train.state import axis_names
 from latentlab.train.task import Batch, Group, LossTerms
@@ -54,6 +54,25 @@ class LatentRowsTask:
 
   def show_sample(self, params: Params, data: Data, workdir: pathlib.Path) -> None:
     media_sample.show(self.config, self.generator(params, data), workdir)
+
+  def text_sums(
+    self, params: Params, batch: Batch
+  ) -> tuple[dict[str, Float[Array, ""]], dict[str, Float[Array, ""]]]:
+    """Summed cross-entropy of `text`, wherever it stands, and of `caption`, behind an image.
+
+    Of a task with `special`, its special tokens, and `text_losses`, what each target costs. Latents
+    are read as their means, and nothing is left out. What ends a text is a part of it; what opens
+    a run of latents is none, so that models with different tokens for images are told alike.
+    """
+    losses = self.text_losses(params, batch)
+    behind = behind_latents(batch["kinds"], batch["segment_ids"])
+    text = (batch["weights"] > 0) & (batch["targets"] < self.special.text_vocab_size)
+    text &= (batch["kinds"] == 0) & (batch["next_kinds"] == 0)
+    # Where an image is the last item of its document, nothing is said behind it.
+    text &= ~behind | captioned(batch, self.special)
+    masks = {"text": text, "caption": text & behind}
+    sums = {name: jnp.where(mask, losses, 0.0).sum() for name, mask in masks.items()}
+    return sums, {name: mask.sum().astype(jnp.float32) for name, mask in masks.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +195,16 @@ def draw_latents(
   chosen = [x if s else mean for x, s, mean in zip(noisy, sampled, means, strict=True)]
   here, following = map(normalize, chosen)
   return here, following
+
+
+def captioned(batch: Batch, special: SpecialTokens) -> Bool[Array, "B T"]:
+  """Items of documents in which text follows latents."""
+  ids = batch["segment_ids"]
+  text = behind_latents(batch["kinds"], ids) & (batch["inputs"] != special.end(0))
+  rows, length = ids.shape
+  found = jnp.zeros((rows, length + 1), jnp.int32)
+  found = found.at[jnp.arange(rows)[:, None], ids].max(text.astype(jnp.int32))
+  return jnp.take_along_axis(found, ids, axis=1) > 0
 
 
 def dropped_prompts(batch: Batch, rate: float, key: Key[Array, ""]) -> Bool[Array, "B T"]:

@@ -129,6 +129,21 @@ class LatentLMTask(LatentRowsTask):
       weights["stops"] = _asks_for_stop(batch)
     return sums, {name: x.astype(jnp.float32).sum() for name, x in weights.items()}
 
+  @property
+  def special(self) -> SpecialTokens:
+    return self.model.config.tokens
+
+  def text_losses(self, params: Params, batch: Batch) -> Float[Array, "B T"]:
+    """What each target costs in nats, latents being read as their means."""
+    m, variables = self.modality, {"params": params}
+    normalize = lambda x: self.model.apply(variables, m.name, x, method="normalize")
+    args = (batch, m.name, self.noise, "mean", "mean", normalize, jax.random.key(0))
+    here, _ = latent_rows.draw_latents(*args)
+    items = Items(batch["inputs"], batch["kinds"], {m.name: here})
+    options = dict(segment_ids=batch["segment_ids"], method="hidden")
+    hidden, _ = self.model.apply(variables, items, **options)
+    return self.model.apply(variables, hidden, batch["targets"], method="token_losses")
+
   def draw_latents(
     self, params: Params, batch: Batch, key: Key[Array, ""]
   ) -> tuple[Float[Array, "B T Z"], Float[Array, "B T Z"]]:

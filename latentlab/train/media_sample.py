@@ -16,6 +16,7 @@ from latentlab import sample
 from latentlab.data import media_files
 from latentlab.data.mixed import LatentData
 from latentlab.layers.latent_heads import SolverSettings
+from latentlab.models.latentlm import Items
 from latentlab.sample import latent
 from latentlab.train import latents as latents_lib
 from latentlab.typing import Array, Float, Key, Params
@@ -110,6 +111,24 @@ class Generator(abc.ABC):
     texts = [split.captions[i] if documents.condition != "caption" else "" for i in chosen]
     return [documents.prompt(text=text) for text in texts], split.labels[chosen]
 
+  def caption_prompt(self, count: int) -> np.ndarray:
+    """The tokens before a caption of `count` latents.
+
+    Raises:
+      ValueError: the model was not trained to write texts of media.
+    """
+    documents = self.data.documents
+    if documents.condition not in ("caption", "both"):
+      raise ValueError(
+        f"data.condition={documents.condition!r} trains no captions; 'caption' or 'both' does."
+      )
+    return documents.captioned(count)
+
+  def texts(self, drawn: sample.Generated) -> list[str]:
+    """What rows of tokens say."""
+    rows = zip(np.asarray(drawn.tokens), np.asarray(drawn.lengths), strict=True)
+    return [self.data.tokenizer.decode(row[:n]) for row, n in rows]
+
   @property
   def longest(self) -> int:
     """Latents of a run at most."""
@@ -130,16 +149,31 @@ class Generator(abc.ABC):
 
 
 class LatentGenerator(Generator):
-  """A trained LatentLM with its tokenizer; options of its `runs` are `generate_items`'s."""
+  """A trained LatentLM with its tokenizer; options of its `runs` are `generate_items`'s.
+
+  Its prompts are tokens, or items of runs that have begun; see `begun`.
+  """
 
   def runs(self, prompts, settings, keys, **options):
     model, m = self.task.model, self.task.modality
-    options = {"max_items": self.longest + 1} | options
-    items = [latent.prompt_items(model.config, p) for p in prompts]
+    options = self.limits | options
+    items = [p if isinstance(p, Items) else latent.prompt_items(model.config, p) for p in prompts]
     drawn = latent.generate_items(model, self.params, items, settings=settings, key=keys, **options)
-    runs = [self._denormalize(run) for run in latent.drawn_latents(drawn, m.name)]
+    runs = [self.denormalize(run) for run in latent.drawn_latents(drawn, m.name)]
     text, size = self.data.tokenizer, model.config.text_vocab_size
     return runs, [text.decode(t[t < size]) for t in latent.drawn_tokens(drawn)]
+
+  @property
+  def limits(self) -> dict[str, int]:
+    """Lengths of runs, where nothing else is asked for: the data's, and none is empty."""
+    return {"max_items": self.longest + 1, "min_latents": 1, "max_latents": self.longest}
+
+  def begun(self, prompt: np.ndarray, latents: Float[np.ndarray, "n Z"]) -> Items:
+    """A prompt whose run has begun with these latents; what is drawn goes on with it."""
+    model, name = self.task.model, self.task.modality.name
+    args = (name, jnp.asarray(latents))
+    normal = model.apply({"params": self.params}, *args, method="normalize")
+    return latent.begun(model.config, prompt, np.asarray(normal))
 
   def captions(
     self,
@@ -160,12 +194,8 @@ class LatentGenerator(Generator):
       ValueError: the model was not trained to write texts of media.
     """
     documents, model, m = self.data.documents, self.task.model, self.task.modality
-    if documents.condition not in ("caption", "both"):
-      raise ValueError(
-        f"data.condition={documents.condition!r} trains no captions; 'caption' or 'both' does."
-      )
     means, _ = self.tokenizer.posterior(media)
-    tokens_of = documents.captioned(means.shape[1])
+    tokens_of = self.caption_prompt(means.shape[1])
     variables = {"params": self.params}
     normal = np.asarray(model.apply(variables, m.name, jnp.asarray(means), method="normalize"))
     prompts = [latent.prompt_items(model.config, tokens_of, {m.name: z}) for z in normal]
@@ -183,11 +213,21 @@ class LatentGenerator(Generator):
     )
     return [documents.tokenizer.decode(t[t < 256]) for t in latent.drawn_tokens(drawn)]
 
-  def _denormalize(self, run: np.ndarray) -> np.ndarray:
+  def denormalize(self, run: np.ndarray) -> np.ndarray:
+    """Latents as the tokenizer has them."""
     args = (self.task.modality.name, jnp.asarray(run))
     return np.asarray(
       self.task.model.apply({"params": self.params}, *args, method="denormalize"), np.float32
     )
+
+
+def text_sampler(
+  text_vocab_size: int, vocab_size: int, sampler: sample.TokenSampler | None
+) -> sample.TokenSampler:
+  """A sampler of text alone, as tokens come if `None`; tokens of text come first."""
+  ban = sample.LogitBias.ban(range(text_vocab_size, vocab_size), vocab_size)
+  sampler = sample.token_sampler() if sampler is None else sampler
+  return sampler.replace(filters=(ban, *sampler.filters))
 
 
 def settings(section: ml_collections.ConfigDict, where: str = "config.sample") -> SolverSettings:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from latentlab import sample
 from latentlab.data import Data
 from latentlab.layers.diffusion_head import Diffusion
 from latentlab.models import flops_per_token, registry, transfusion
@@ -17,6 +18,7 @@ from latentlab.models.latentlm import SpecialTokens
 from latentlab.models.transfusion import Transfusion, TransfusionConfig
 from latentlab.ops.latents import Noise
 from latentlab.sample.codes import CodeTokens
+from latentlab.sample.transfusion import CaptionStepper
 from latentlab.train import latent_rows, media_sample
 from latentlab.train import latents as latents_lib
 from latentlab.train.latent_rows import DenoisingTask
@@ -29,7 +31,8 @@ class TransfusionTask(DenoisingTask):
   """Prediction of text's tokens, and denoising of images, one timestep each.
 
   Batches are those of `data.mixed`, with something behind each run of latents, so that all of a run
-  are read.
+  are read. An image with a caption behind it, which could not be told of noise, is under the first
+  `latents.caption_noise` of all timesteps, half of them in https://arxiv.org/abs/2408.11039.
   """
 
   def init(self, key: Key[Array, ""]) -> Params:
@@ -80,6 +83,8 @@ class TransfusionTask(DenoisingTask):
     clean = jnp.where(is_latent[..., None], clean, 0.0)
     t = diffusion.timesteps(t_key, (rows, length + 1))  # One for each document.
     t = jnp.take_along_axis(t, batch["segment_ids"], axis=1)
+    limited = (c.caption_noise * t).astype(t.dtype)
+    t = jnp.where(latent_rows.captioned(batch, self.tokens), limited, t)
     noisy, target, each = diffusion.noisy(clean, jax.random.normal(noise_key, clean.shape), t)
     tokens = batch["inputs"]
     if c.prompt_dropout and not deterministic:
@@ -104,6 +109,21 @@ class TransfusionTask(DenoisingTask):
       weights["tokens"] = scored.sum()
     return sums, weights
 
+  @property
+  def special(self) -> SpecialTokens:
+    return self.tokens
+
+  def text_losses(self, params: Params, batch: Batch) -> Float[Array, "B T"]:
+    """What each target costs in nats, latents being read as their means, without noise."""
+    normalize = functools.partial(self.normalize, params)
+    args = (batch, self.modality, self.noise, "mean", "mean", normalize, jax.random.key(0))
+    latents, _ = latent_rows.draw_latents(*args)
+    apply = functools.partial(self.model.apply, {"params": params["transfusion"]})
+    t = jnp.zeros(batch["inputs"].shape, jnp.int32)
+    ids = batch["segment_ids"]
+    hidden, _ = apply(batch["inputs"], _is_latent(batch), latents, t, ids)
+    return apply(hidden, batch["targets"], method="token_losses")
+
 
 class Generator(media_sample.Generator):
   """A trained Transfusion with its tokenizer."""
@@ -116,6 +136,34 @@ class Generator(media_sample.Generator):
     args = (task.model.config, self.params["transfusion"], *map(jnp.asarray, (rows, null, lengths)))
     drawn = transfusion.generate(*args, keys=keys, settings=settings)
     return list(np.asarray(task.denormalize(self.params, drawn))), [""] * len(prompts)
+
+  def captions(
+    self,
+    media: Float[np.ndarray, "B ..."],
+    key: Key[Array, ""],
+    max_tokens: int,
+    tokens: sample.TokenSampler | None = None,
+  ) -> list[str]:
+    """Texts of media, which are read without noise; as `LatentGenerator.captions`."""
+    task, (means, _) = self.task, self.tokenizer.posterior(media)
+    rows, count = means.shape[:2]
+    prompt = self.caption_prompt(count)
+    (places,) = np.nonzero(prompt == task.tokens.latent(0))
+    latents = jnp.zeros((rows, len(prompt), means.shape[-1]))
+    latents = latents.at[:, places].set(task.normalize(self.params, jnp.asarray(means)))
+    stops = np.array([self.data.tokenizer.bos_id], np.int32)
+    config, special = task.model.config, task.tokens
+    drawn, _ = sample.begin(
+      CaptionStepper(config, self.params["transfusion"], latents, stops),
+      media_sample.text_sampler(special.text_vocab_size, special.vocab_size, tokens),
+      jnp.asarray(np.tile(prompt, (rows, 1)), jnp.int32),
+      jnp.full(rows, len(prompt)),
+      sample.row_keys(key, np.arange(rows)),
+      max_tokens,
+      capacity=len(prompt) + max_tokens,
+      num_items=max_tokens,
+    )
+    return self.texts(drawn)
 
 
 def _is_latent(batch: Batch) -> Array:
@@ -136,10 +184,10 @@ def build(config: ml_collections.ConfigDict, summary: Mapping[str, Any]) -> Tran
   """
   latent_rows.check_latents(config)
   c, condition = config.latents, config.data.condition
-  if condition not in ("class", "none", "text"):
+  if not 0 <= c.caption_noise <= 1:
     raise ValueError(
-      f"data.condition={condition!r} of a Transfusion must be 'class', 'none' or 'text': a caption "
-      "would be told of noise."
+      f"config.latents.caption_noise={c.caption_noise} is the part of all noise that an image with "
+      "a caption behind it is under, and must be in [0, 1]."
     )
   if c.stop != "token" or not summary["equal_lengths"]:
     raise ValueError(

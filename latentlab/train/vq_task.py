@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from latentlab import sample
 from latentlab.data import Data
 from latentlab.models import flops_per_token, registry
 from latentlab.models.language_model import LanguageModel
@@ -86,6 +87,16 @@ class VQTask(LatentRowsTask):
     )
     return {"tokens": jnp.where(weights > 0, nll * weights, 0.0).sum()}, {"tokens": weights.sum()}
 
+  @property
+  def special(self) -> SpecialTokens:
+    return self.codes.special
+
+  def text_losses(self, params: Params, batch: Batch) -> Float[Array, "B T"]:
+    """What each target costs in nats."""
+    inputs, targets, _ = self.rows(batch)
+    options = dict(segment_ids=batch["segment_ids"], method="token_losses")
+    return self.model.apply({"params": params}, inputs, targets, **options)
+
   def rows(self, batch: Batch) -> tuple[Int[Array, "B T"], Int[Array, "B T"], Float[Array, "B T"]]:
     """Tokens that are read, those to be predicted, and their weights."""
     here, following = batch["kinds"] > 0, batch["next_kinds"] > 0
@@ -117,6 +128,29 @@ class Generator(media_sample.Generator):
     vectors = self.tokenizer.code_vectors(np.stack(rows).astype(np.int32))
     runs = [x[: len(run)] for x, run in zip(vectors, drawn, strict=True)]
     return runs, [""] * len(prompts)
+
+  def captions(
+    self,
+    media: Float[np.ndarray, "B ..."],
+    key: Key[Array, ""],
+    max_tokens: int,
+    tokens: sample.TokenSampler | None = None,
+  ) -> list[str]:
+    """Texts of media, of which the model reads the codes; as `LatentGenerator.captions`."""
+    codes = self.task.codes
+    found = np.asarray(self.tokenizer.codes(media))
+    prompts = np.tile(self.caption_prompt(found.shape[1]), (len(found), 1))
+    prompts[prompts == codes.special.latent(0)] = codes.first + found.ravel()
+    drawn = sample.generate(
+      self.task.model,
+      self.params,
+      prompts,
+      sampler=media_sample.text_sampler(codes.special.text_vocab_size, codes.vocab_size, tokens),
+      key=key,
+      max_new_tokens=max_tokens,
+      stop_tokens=(self.data.tokenizer.bos_id,),
+    )
+    return self.texts(drawn)
 
 
 def build(config: ml_collections.ConfigDict, summary: Mapping[str, Any]) -> VQTask:

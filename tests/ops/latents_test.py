@@ -199,3 +199,10 @@ def test_statistics_of_batches_leave_padding_out():
   shares = np.array([0.5, 0.25, 0.25])
   np.testing.assert_allclose(perplexity, np.exp(-(shares * np.log(shares)).sum()), rtol=1e-6)
   np.testing.assert_allclose(used, 3 / 8)
+
+
+def test_items_behind_latents():
+  # `t z z t | t t z | t t | padding`
+  kinds = jnp.array([[0, 2, 1, 0, 0, 0, 1, 0, 0, 0]])
+  ids = jnp.array([[1, 1, 1, 1, 2, 2, 2, 3, 3, 0]])
+  assert ops.behind_latents(kinds, ids).tolist() == [[i == 3 for i in range(10)]]

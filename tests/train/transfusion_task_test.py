@@ -6,6 +6,7 @@ import pytest
 
 from experiments.configs.latentlm import common
 from latentlab import sample
+from latentlab.layers.diffusion_head import Diffusion
 from latentlab.layers.latent_heads import SolverSettings
 from latentlab.train import latents, transfusion_task
 from latentlab.train.state import unbox
@@ -153,7 +154,7 @@ def test_samples_are_those_of_a_plain_loop(tmp_path, monkeypatch, guidance):
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    (lambda c: c.data.update(condition="caption"), "data.condition='caption' of a Transfusion"),
+    (lambda c: c.latents.update(caption_noise=1.5), "config.latents.caption_noise=1.5 is the part"),
     (lambda c: c.latents.update(stop="fixed"), "config.latents.stop='fixed' of a Transfusion"),
     (lambda c: c.latents.update(loss_weight=0.0), "config.latents.loss_weight=0.0 must be"),
     (lambda c: c.model.update(mask="sliding_window", mask_size=4), "causal softmax attention"),
@@ -165,3 +166,53 @@ def test_bad_fields(tmp_path, change, message):
   rows = cases.data(tmp_path / "s", "class", "token")
   with pytest.raises(ValueError, match=message):
     transfusion_task.build(config, rows.summary)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.0])
+def test_an_image_with_a_caption_behind_it_is_under_less_noise(tmp_path, monkeypatch, share):
+  _, params, rows, batch = _case(tmp_path, "both", counts=(4,) * 12)
+  task = transfusion_task.build(_config("both", caption_noise=share), rows.summary)
+  seen, noisy = [], Diffusion.noisy
+  full = jnp.full((4, batch["inputs"].shape[1] + 1), 900)
+  monkeypatch.setattr(Diffusion, "timesteps", lambda self, key, shape: full)
+  monkeypatch.setattr(
+    Diffusion, "noisy", lambda self, x, noise, t: seen.append(t) or noisy(self, x, noise, t)
+  )
+  sums, counts = task.sums(params, batch, jax.random.key(0))
+  begins = np.asarray(batch["inputs"])[:, 1] == task.tokens.begin(0)
+  is_latent = np.asarray(batch["kinds"]) > 0
+  for row, captioned in enumerate(begins):
+    assert (np.asarray(seen[0])[row, is_latent[row]] == (900 * share if captioned else 900)).all()
+  assert begins.any() and not begins.all() and np.isfinite(sums["tokens"])
+  assert counts["latents"] == 16
+
+
+def test_captions_are_the_best_tokens_behind_images(tmp_path, monkeypatch):
+  """A cache behind the image, against whole rows without one."""
+  _stand_in(monkeypatch)
+  task, params, rows, _ = _case(tmp_path, "both")
+  means = np.random.default_rng(3).normal(2, 3, (2, 4, cases.DIM)).astype(np.float32)
+  generator = task.generator(params, rows)
+  generator.tokenizer.__dict__["posterior"] = lambda media: (means, None)
+  drawn = generator.captions(
+    np.zeros((2, 4, 4, 1)), jax.random.key(0), 3, sample.token_sampler(greedy=True)
+  )
+  predict, special = _pass(task, params), task.tokens
+  variables = {"params": params["transfusion"]}
+  score = jax.jit(
+    lambda h: task.model.apply(variables, h, method=lambda m, h: m.language.logits(h))
+  )
+  for mean, text in zip(means, drawn, strict=True):
+    tokens = [256, special.begin(0), *[special.latent(0)] * 4, special.end(0)]
+    noisy = np.zeros((1, 10, cases.DIM), np.float32)
+    noisy[0, 2:6] = task.normalize(params, jnp.asarray(mean))
+    for place in range(7, 10):
+      padded = jnp.asarray(np.pad(tokens, (0, 10 - len(tokens))))[None]
+      hidden, _ = predict(
+        padded, padded == special.latent(0), jnp.asarray(noisy), jnp.zeros((1, 10))
+      )
+      best = int(np.asarray(score(hidden))[0, place - 1, :258].argmax())
+      if best == 256:
+        break
+      tokens.append(best)
+    assert text == rows.tokenizer.decode(np.array(tokens[7:]))

@@ -207,3 +207,58 @@ def test_bad_fields(tmp_path, stop, codebook_size, message):
   summary = dict(_rows(tmp_path).summary) | {"codebook_size": codebook_size}
   with pytest.raises(ValueError, match=message):
     vq_task.build(_config(stop=stop), summary)
+
+
+def test_losses_of_text_are_of_text_alone(tmp_path):
+  """By the documents, which are told apart by their items, from logits of a plain pass."""
+  task, params, _, batch = _case(tmp_path, "both", seq_length=30, documents_per_row=2)
+  inputs, targets, _ = (np.asarray(x) for x in task.rows(batch))
+  ids = batch["segment_ids"]
+  apply = lambda p: task.model.apply({"params": p}, task.rows(batch)[0], segment_ids=ids).logits
+  logits = np.asarray(jax.jit(apply)(params), np.float64)
+  nll = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+  want, counts = dict(text=0.0, caption=0.0), dict(text=0, caption=0)
+  ids, begin, end = np.asarray(ids), task.special.begin(0), task.special.end(0)
+  for row, number in {(i, j) for i in range(len(ids)) for j in ids[i] if j}:
+    (at,) = np.nonzero(ids[row] == number)
+    caption_first = inputs[row, at[1]] != begin
+    behind = np.cumsum(inputs[row, at] == end) > 0
+    for place, is_behind in zip(at, behind, strict=True):
+      said = targets[row, place] < 256 or (targets[row, place] == 256 and not caption_first)
+      for name in ["text"] * int(said) + ["caption"] * int(said and is_behind):
+        want[name] += nll[row, place]
+        counts[name] += 1
+  sums, found = jax.jit(task.text_sums)(params, batch)
+  assert found == counts and 0 < counts["caption"] < counts["text"]
+  for name, value in want.items():
+    np.testing.assert_allclose(sums[name], value, rtol=1e-5)
+
+
+def test_no_text_behind_images_is_none(tmp_path):
+  task, params, _, batch = _case(tmp_path, "text")
+  _, found = jax.jit(task.text_sums)(params, batch)
+  assert found["caption"] == 0 and found["text"] == (np.asarray(batch["targets"]) < 256).sum()
+
+
+def test_captions_are_the_best_tokens_behind_codes(tmp_path, monkeypatch):
+  _stand_in(monkeypatch)
+  task, params, rows, _ = _case(tmp_path, "both")
+  codes = np.random.default_rng(5).integers(0, _SIZE, (3, 4))
+  generator = task.generator(params, rows)
+  generator.tokenizer.__dict__["codes"] = lambda media: codes
+  greedy = sample.token_sampler(greedy=True)
+  drawn = generator.captions(np.zeros((3, 4, 4, 1)), jax.random.key(0), 3, greedy)
+  first, special = task.codes.first, task.special
+  apply = jax.jit(lambda tokens: task.model.apply({"params": params}, tokens).logits[0])
+  for row, text in zip(codes, drawn, strict=True):
+    tokens = [256, special.begin(0), *(first + row), special.end(0)]
+    for place in range(len(tokens), len(tokens) + 3):
+      padded = np.pad(tokens, (0, 10 - len(tokens)))
+      best = int(np.asarray(apply(jnp.asarray(padded)[None]))[place - 1, :258].argmax())
+      if best == 256:
+        break
+      tokens.append(best)
+    assert text == rows.tokenizer.decode(np.array(tokens[7:]))
+  with pytest.raises(ValueError, match="data.condition='text' trains no captions"):
+    task, params, rows, _ = _case(tmp_path / "t", "text")
+    task.generator(params, rows).captions(np.zeros((1, 4, 4, 1)), jax.random.key(0), 3)

@@ -113,7 +113,8 @@ def transfusion(
   c = _over_latents(tokenizer, "transfusion", seed)
   c.model = _backbone()
   # A token behind a run, so that all of its latents are read.
-  options = dict(stop="token", loss_weight=5.0, prompt_dropout=0.1, target="sample")
+  options = dict(stop="token", loss_weight=5.0, caption_noise=0.5)
+  options |= dict(prompt_dropout=0.1, target="sample")
   c.latents = dict(diffusion=_diffusion(), **options)
   return common.lock(c)
 
