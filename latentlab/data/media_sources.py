@@ -7,12 +7,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from latentlab.data import audio, collection, images
+from latentlab.data import audio, collection, images, packages
 from latentlab.data.collection import Collection
 
 KINDS = {
   "digits": "image",
   "vowels": "audio",
+  "mnist": "image",
+  "emoji": "image",
   "image_folder": "image",
   "captioned_images": "image",
   "wav_folder": "audio",
@@ -29,11 +31,12 @@ class MediaConfig:
   """The fields of `config.data` where its source is one of images or sounds.
 
   Attributes:
-    source: "digits" and "vowels" are embedded; "image_folder", images in folders named by their
-      classes, or in one; "captioned_images", a jsonl file (see `listing.manifest`); "wav_folder", a
-      folder of wav files or a jsonl file (see `audio.folder`); "arrays", an npz file (see
-      `load_arrays`).
-    path: What sources that are not embedded read.
+    source: "digits" and "vowels" are embedded; "mnist" and "emoji" are fetched beforehand (see
+      `packages`); "image_folder", images in folders named by their classes, or in one;
+      "captioned_images", a jsonl file (see `listing.manifest`); "wav_folder", a folder of wav files
+      or a jsonl file (see `audio.folder`); "arrays", an npz file (see `load_arrays`).
+    path: What sources that are not embedded read; of those fetched beforehand, the folder if it is
+      not the cache folder's.
     validation_fraction: Part of the items held out, by a hash of their names.
     split_pattern: A regular expression; items in whose name it is found are held out instead.
     class_names: The classes in the order of their numbers; those found, sorted, if empty.
@@ -71,7 +74,8 @@ class MediaConfig:
   def __post_init__(self):
     if self.source not in SOURCES:
       raise ValueError(f"data.source={self.source!r} is unknown; choose from {SOURCES}.")
-    if bool(self.path) != (self.source not in EMBEDDED):
+    own_place = self.source in packages.PACKAGES
+    if not own_place and bool(self.path) != (self.source not in EMBEDDED):
       raise ValueError(
         f"data.path={self.path!r} with data.source={self.source!r}: "
         + ("leave the path out." if self.path else "give the path that it reads.")
@@ -147,6 +151,12 @@ def find(config: MediaConfig) -> Collection:
       return images.digits(*of_images)
     case "vowels":
       return audio.vowels(*of_sounds)
+    case "mnist":
+      found = packages.find(config.source, config.path)
+      return load_arrays(dataclasses.replace(config, path=str(found)))
+    case "emoji":
+      found = packages.find(config.source, config.path)
+      return images.captioned(str(found), config.class_names, *of_images)
     case "image_folder":
       return images.folder(config.path, config.class_names, *of_images)
     case "captioned_images":

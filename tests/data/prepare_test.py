@@ -208,7 +208,7 @@ def test_binary_fails_with_one_message(config, tmp_path):
   for arguments, message in (
     (["--pth=x", output], "Unknown flag --pth (did you mean path?); choose among --debug, --sou"),
     (["--workdir=x", output], "Unknown flag --workdir"),
-    ([], "--output must have a value"),
+    ([], "--output is missing"),
     ([f"--path={tmp_path / 'none.txt'}", output], "none.txt"),
   ):
     result = run(*arguments)
