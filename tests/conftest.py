@@ -1,6 +1,7 @@
 """Set-up of the whole suite: the platform, the simulated devices, and the run-time shape checks."""
 
 import functools
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -15,14 +16,15 @@ PLATFORM = os.environ.get("LATENTLAB_TEST_PLATFORM", "cpu")
 os.environ["JAX_PLATFORMS"] = PLATFORM
 if PLATFORM == "cpu" and "device_count" not in os.environ.get("XLA_FLAGS", ""):
   # Tests compile far longer than they run, so the compiler may leave its code as it is.
-  os.environ["XLA_FLAGS"] = " ".join(
-    [
-      os.environ.get("XLA_FLAGS", ""),
-      "--xla_force_host_platform_device_count=8",
-      "--xla_backend_optimization_level=0",
-      "--xla_llvm_disable_expensive_passes=true",
-    ]
-  )
+  _flags = [
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+  ]
+  if importlib.metadata.version("jaxlib").startswith("0.10."):
+    # Half as long again; later compilers know the flag no more, and refuse to start.
+    _flags += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
+  os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_flags])
 os.environ.setdefault("MPLBACKEND", "agg")
 if PLATFORM != "tpu":
   # libtpu compiles for a chip that is not there, if nothing makes it look for one or for a lock.
