@@ -3,11 +3,21 @@
 import os
 import pathlib
 import wave
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 
 from latentlab.data import files
+
+
+def check_sample(shape: Sequence[int], sample_rate: int) -> None:
+  """Raises a `ValueError` where a run's samples are sounds that no file can be made of."""
+  if len(shape) == 2 and not sample_rate:
+    raise ValueError(
+      "config.sample.num_samples asks for sounds, and their sample rate is unknown; set "
+      "data.sample_rate to what they have, or num_samples to 0."
+    )
 
 
 def write_png(

@@ -138,11 +138,13 @@ class GuidedSampler(struct.PyTreeNode):
     settings: Of which the guidance is used.
     tokens: Draws from logits.
     longest: Tokens of a row at most, where guidance follows the share that is drawn.
+    stop_tokens: Tokens that end a row, which has a code before them.
   """
 
   settings: SolverSettings
   tokens: TokenSampler
   longest: Any
+  stop_tokens: Any
 
   def init(self, prompts: Int[Array, "B T"], lengths: Int[Array, " B"]) -> RowState:
     return RowState(jnp.zeros_like(lengths), self.tokens.init(prompts, lengths))
@@ -154,6 +156,8 @@ class GuidedSampler(struct.PyTreeNode):
     if features.null_logits is not None:
       scale = self.settings.scale(jnp.minimum(count / self.longest, 1.0))
       logits = ops.guide(logits, features.null_logits, scale)
+    ends = jnp.isin(jnp.arange(logits.shape[1]), self.stop_tokens)
+    logits = jnp.where((count == 1)[:, None] & ends, -jnp.inf, logits)
     drawn, tokens = self.tokens(logits, row_state.tokens, keys)
     return drawn, RowState(count, tokens)
 
@@ -181,7 +185,7 @@ def generate_codes(
     codes: The vocabulary.
     bos_id: The token that begins texts.
     key: As in `generate`.
-    max_codes: Codes of a row; at most so many, where it may end.
+    max_codes: Codes of a row; at most so many, and one at least, where it may end.
     settings: Of which the guidance is used, and the temperature, which divides logits.
     tokens: Draws tokens, in the place of that temperature.
     end: The token that ends a row; no row ends early if `None`.
@@ -204,11 +208,10 @@ def generate_codes(
   stops = () if end is None else (end,)
   ban = LogitBias.ban(sorted(set(range(codes.first)) - set(stops)), codes.vocab_size)
   sampler = TokenSampler((Temperature(settings.temperature),)) if tokens is None else tokens
-  sampler = GuidedSampler(
-    settings, sampler.replace(filters=(ban, *sampler.filters)), np.int32(max_codes)
-  )
-  config, params = unstack(model.config, params)
+  sampler = sampler.replace(filters=(ban, *sampler.filters))
   stops = np.asarray(stops, np.int32)
+  sampler = GuidedSampler(settings, sampler, np.int32(max_codes), stops)
+  config, params = unstack(model.config, params)
   stepper = GuidedStepper(LanguageModel(config), params, codes.null_of(bos_id), stops, guided)
   sizes = dict(capacity=width + num_items, num_items=num_items)
   args = (stepper, sampler, jnp.asarray(rows), jnp.asarray(lengths), keys, num_items)

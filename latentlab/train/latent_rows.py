@@ -12,6 +12,7 @@ import ml_collections
 
 from latentlab.data import Data
 from latentlab.models.latentlm import NOT_TRAINED, Normalizer, SpecialTokens
+from latentlab.ops.diffusion import NoiseSchedule
 from latentlab.ops.latents import Noise, behind_latents, to_sphere
 from latentlab.train import media_sample, optim
 from latentlab.train.state import axis_names
@@ -32,6 +33,7 @@ class LatentRowsTask:
   config: ml_collections.ConfigDict
 
   count = None  # Of objectives of several means; see `task.Group`.
+  levels = None  # Noise that a solver goes through, of models that have one.
 
   @functools.cached_property
   def groups(self) -> tuple[Group, ...]:
@@ -50,7 +52,7 @@ class LatentRowsTask:
     return self.config.batch_size * self.seq_length
 
   def check_sample(self, data: Data) -> None:
-    media_sample.check(self.config)
+    media_sample.check(self.config, data, self.levels)
 
   def show_sample(self, params: Params, data: Data, workdir: pathlib.Path) -> None:
     media_sample.show(self.config, self.generator(params, data), workdir)
@@ -94,6 +96,10 @@ class DenoisingTask(LatentRowsTask):
   tokens: SpecialTokens
   mean: float
   std: float
+
+  @property
+  def levels(self) -> NoiseSchedule:
+    return self.model.config.diffusion.levels
 
   def with_normalizer(self, params: Params) -> Params:
     """New parameters of the model with those of its latents."""

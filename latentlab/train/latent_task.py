@@ -27,6 +27,7 @@ from latentlab.models.latentlm import (
   SpecialTokens,
   empty_items,
 )
+from latentlab.ops.diffusion import NoiseSchedule
 from latentlab.ops.latents import Noise
 from latentlab.train import latent_rows, media_sample
 from latentlab.train import latents as latents_lib
@@ -61,6 +62,11 @@ class LatentLMTask(LatentRowsTask):
   def modality(self) -> ModalityConfig:
     (modality,) = self.model.config.modalities
     return modality
+
+  @property
+  def levels(self) -> NoiseSchedule | None:
+    diffusion = getattr(self.modality.head, "diffusion", None)
+    return None if diffusion is None else diffusion.levels
 
   @property
   def flops_per_item(self) -> float:

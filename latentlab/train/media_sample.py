@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from latentlab import sample
-from latentlab.data import media_files
+from latentlab import ops, sample
+from latentlab.data import collection, media_files
 from latentlab.data.mixed import LatentData
 from latentlab.layers.latent_heads import SolverSettings
 from latentlab.models.latentlm import Items
@@ -101,14 +101,19 @@ class Generator(abc.ABC):
     return Drawn(self.decode(runs), runs, [len(run) for run in runs], texts)
 
   def prompts(self, count: int) -> tuple[list[np.ndarray], np.ndarray]:
-    """Prompts, and their classes: classes in turn, or captions of the held-out split."""
+    """Prompts, and the classes that they ask for, -1 where they ask for nothing.
+
+    Classes in turn, or captions of the held-out split.
+    """
     documents, store = self.data.documents, self.data.store
-    if documents.condition in ("class", "none"):
+    if documents.condition == "class":
       classes = np.arange(count) % documents.tokens.num_classes
       return [documents.prompt(int(label)) for label in classes], classes
+    if documents.condition in ("none", "caption"):
+      return [documents.prompt()] * count, np.full(count, collection.NO_LABEL)
     split = store.splits.get("validation", store.splits["train"])
     chosen = np.arange(count) % len(split)
-    texts = [split.captions[i] if documents.condition != "caption" else "" for i in chosen]
+    texts = [split.captions[i] for i in chosen]
     return [documents.prompt(text=text) for text in texts], split.labels[chosen]
 
   def caption_prompt(self, count: int) -> np.ndarray:
@@ -248,13 +253,28 @@ def settings(section: ml_collections.ConfigDict, where: str = "config.sample") -
     raise ValueError(f"{where}: {e}") from e
 
 
-def check(config: ml_collections.ConfigDict) -> None:
-  """Raises a `ValueError` where `config.sample` asks for what cannot be drawn."""
+def check(
+  config: ml_collections.ConfigDict, data: LatentData, levels: ops.NoiseSchedule | None
+) -> None:
+  """Raises a `ValueError` where `config.sample` asks for what cannot be drawn.
+
+  Args:
+    config: The experiment.
+    data: Its data.
+    levels: Those that the model's solver goes through; `None` where it has none.
+  """
   if config.sample.num_samples < 0:
     raise ValueError(
       f"config.sample.num_samples={config.sample.num_samples} must not be negative; 0 draws none."
     )
-  settings(config.sample)
+  chosen = settings(config.sample)
+  if levels is not None:
+    try:
+      chosen.table(levels)
+    except ValueError as e:
+      raise ValueError(f"config.sample: {e}") from e
+  if config.sample.num_samples:
+    media_files.check_sample(data.summary["media_shape"], data.summary["sample_rate"])
 
 
 def show(config: ml_collections.ConfigDict, generator: Generator, workdir: pathlib.Path) -> None:

@@ -107,6 +107,8 @@ class TokenizerTask:
     count, shape = self.config.sample.num_samples, tuple(data.summary["shape"])
     if count < 0:
       raise ValueError(f"config.sample.num_samples={count} must not be negative; 0 shows none.")
+    if count:
+      media_files.check_sample(shape, data.summary["sample_rate"])
     if shape != self.model.config.media_shape:
       raise ValueError(
         f"config.data has examples of shape {shape}, and config.model is a tokenizer of "

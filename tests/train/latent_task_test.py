@@ -1,4 +1,5 @@
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,9 @@ from flax import linen as nn
 
 from experiments.configs.latentlm import common
 from latentlab.layers.diffusion_head import DiffusionHeadConfig
-from latentlab.layers.latent_heads import MixtureHeadConfig, RegressionHeadConfig
+from latentlab.layers.latent_heads import MixtureHeadConfig, RegressionHeadConfig, SolverSettings
 from latentlab.layers.mar_head import MarHeadConfig
-from latentlab.train import latent_rows, latent_task, partition
+from latentlab.train import latent_rows, latent_task, latents, partition
 from latentlab.train.state import unbox
 from latentlab.train.step import init_state, make_step
 
@@ -242,6 +243,52 @@ def test_where_a_run_ends_is_learnt(tmp_path, stop):
     loss = float(metrics["token_loss" if stop == "token" else "stop_loss"])
     first = loss if first is None else first
   assert loss < first
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (dict(num_samples=-1), "config.sample.num_samples=-1 must not be negative"),
+    (dict(solver="euler"), "config.sample: unknown solver='euler'"),
+    (dict(solver="flow_euler"), "config.sample: solver='flow_euler' goes along straight paths"),
+    (dict(num_steps=1000), "config.sample: num_steps=1000 of a sampler must be in 1 ... 999"),
+    ({}, "asks for sounds, and their sample rate is unknown; set data.sample_rate"),
+  ],
+)
+def test_samples_that_cannot_be_drawn_are_told_before_training(tmp_path, change, message):
+  rows = cases.data(tmp_path / "s")
+  if not change:
+    rows.summary["media_shape"] = [8, 1]
+  config = _config()
+  config.sample.update(change)
+  with pytest.raises(ValueError, match=message):
+    latent_task.build(config, rows.summary).check_sample(rows)
+
+
+@pytest.mark.parametrize("stop", ["token", "classifier"])
+def test_media_are_of_a_latent_at_least(tmp_path, monkeypatch, stop):
+  shape = types.SimpleNamespace(num_latents=4, dim=cases.DIM)
+  model = types.SimpleNamespace(config=shape)
+  tokenizer = latents.TrainedTokenizer(model, {}, 4)
+  tokenizer.__dict__["decode"] = lambda z: np.asarray(z)[:, :, :1]
+  monkeypatch.setattr(latents, "load_tokenizer", lambda run: tokenizer)
+  rows = cases.data(tmp_path / "s", "class", stop, counts=(2, 4, 3) * 2)
+  task = latent_task.build(_config("class", stop), rows.summary)
+  params = jax.jit(lambda k: unbox(task.init(k)))(jax.random.key(0))
+  generator = task.generator(params, rows)
+  prompts, labels = generator.prompts(3)
+  assert labels.tolist() == [0, 1, 2]
+  # A threshold of nothing ends each run where it may.
+  drawn = generator(prompts, SolverSettings(num_steps=1), jax.random.key(0), threshold=0.0)
+  assert drawn.lengths == [1] * 3 and [len(x) for x in drawn.media] == [1] * 3
+
+
+@pytest.mark.parametrize("condition", ["none", "caption"])
+def test_prompts_that_ask_for_no_class(tmp_path, condition):
+  rows = cases.data(tmp_path / "s", condition, "token", counts=(2,) * 6)
+  task = latent_task.build(_config(condition, "token"), rows.summary)
+  prompts, labels = task.generator({}, rows).prompts(2)
+  assert labels.tolist() == [-1, -1] and prompts[0].tolist() == prompts[1].tolist()
 
 
 @pytest.mark.parametrize(
