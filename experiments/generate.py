@@ -124,7 +124,7 @@ def main(config: ml_collections.ConfigDict | None, workdir: str) -> None:
 def _draw_media(
   config: ml_collections.ConfigDict | None, workdir: str, sampler: sample.TokenSampler
 ) -> None:
-  run = loop.load(workdir, config, step=_STEP.value)
+  run = loop.load(workdir, config, step=_STEP.value, model=model_flag.fields(config, workdir))
   if not hasattr(run.task, "generator"):
     raise ValueError(f"{workdir!r} trained {run.config.task.type!r}, which draws nothing.")
   generate_media.main(

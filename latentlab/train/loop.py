@@ -180,8 +180,15 @@ def load(
     raise ValueError(f"{str(workdir)!r} holds no {TOKENIZER}: train there first.")
   tokenizer = data_lib.load_tokenizer(path)
   summary = saved(path.parent / CORPUS)
+  if summary is None and latents.of_latents(config):
+    raise ValueError(f"{str(workdir)!r} holds no {CORPUS} of its latents: train there again.")
   task = build_task(config, tokenizer.vocab_size, summary)
   if model:
+    if not hasattr(task, "variant"):
+      raise ValueError(
+        f"model={dict(model)} changes a language model, and {str(workdir)!r} trained "
+        f"{config.task.type!r}; leave it out."
+      )
     task.variant(model)  # Raises where it has other parameters.
     config = ml_collections.ConfigDict(config.to_dict())
     config.model.update(model)

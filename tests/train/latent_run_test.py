@@ -1,11 +1,13 @@
 """Whole runs on latents: the tokenizer first, resumed, and with the tokenizer of another run."""
 
 import jax
+import latent_cases as cases
 import numpy as np
 import pytest
 
 from experiments.configs import quickstart_latent
-from latentlab.train import loop
+from latentlab.data import files
+from latentlab.train import loop, workdir_files
 
 
 def _config(tmp_path, steps=4, tokenizer_run=""):
@@ -15,6 +17,19 @@ def _config(tmp_path, steps=4, tokenizer_run=""):
   del c.evals.generation
   c.sample.num_samples = 0
   return c
+
+
+def test_a_run_on_latents_is_loaded_as_it_is(tmp_path):
+  rows = cases.data(tmp_path / "s")
+  (tmp_path / workdir_files.CONFIG).write_text(_config(tmp_path).to_json())
+  rows.tokenizer.save(tmp_path / workdir_files.TOKENIZER)
+  with pytest.raises(ValueError, match="holds no corpus.json of its latents"):
+    loop.load(tmp_path)
+  files.write_json(tmp_path / workdir_files.CORPUS, rows.summary)
+  with pytest.raises(ValueError, match=r"changes a language model, and .* trained 'latentlm'"):
+    loop.load(tmp_path, model=dict(mask="blockwise_causal"))
+  with pytest.raises(ValueError, match="no checkpoint"):
+    loop.load(tmp_path)
 
 
 def _params(workdir):
