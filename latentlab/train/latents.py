@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import tqdm
@@ -16,6 +17,7 @@ from latentlab import data as data_lib
 from latentlab.data import latent_store, media, mixed
 from latentlab.data import prepare as prepare_text
 from latentlab.data.latent_store import LatentItem, LatentStore
+from latentlab.models import latent_tokenizer
 from latentlab.models.latent_tokenizer import LatentTokenizer, LatentTokenizerConfig
 from latentlab.models.latentlm import SpecialTokens
 from latentlab.models.tokenizer_bodies import SpeechBody
@@ -115,10 +117,13 @@ def load_tokenizer(run_dir: str) -> TrainedTokenizer:
     raise ValueError(
       f"data.tokenizer_run={run_dir!r} trained {config.task.type!r}, and no latent tokenizer."
     )
-  task = tokenizer_task.build(config)
-  fresh = jax.jit(lambda key: unbox(task.init(key)))(jax.random.key(0))
-  params = checkpoint.restore_params(run_dir, fresh, average=True)
-  return TrainedTokenizer(task.model, params, config.batch_size)
+  # What it was trained by is not needed: feature functions may be of another program.
+  model = LatentTokenizer(latent_tokenizer.build_config(config.model.to_dict()))
+  media = jnp.zeros((1, *model.config.media_shape))
+  fresh = jax.jit(lambda key: unbox(model.init(key, media))["params"])(jax.random.key(0))
+  renames = ((f"^{tokenizer_task.DISCRIMINATOR}/.*", ""),)
+  params = checkpoint.restore_params(run_dir, fresh, renames=renames, average=True)
+  return TrainedTokenizer(model, params, config.batch_size)
 
 
 def build_data(config: ml_collections.ConfigDict) -> mixed.LatentData:

@@ -4,17 +4,20 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.configs.latentlm import common
+from latentlab import data
 from latentlab.data import mixed
 from latentlab.models import latent_tokenizer
 from latentlab.models.latent_tokenizer import LatentTokenizer
-from latentlab.train import latents
+from latentlab.train import latents, loop, tokenizer_task
 from latentlab.train.state import unbox
+
+_SIZES = dict(image_size=4, channels=1, patch_size=2, num_layers=1, embed_dim=8, num_heads=1)
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-  sizes = dict(image_size=4, channels=1, patch_size=2, num_layers=1, embed_dim=8, num_heads=1)
-  config = latent_tokenizer.build_config(dict(name="vit_tokenizer", dim=2, **sizes))
+  config = latent_tokenizer.build_config(dict(name="vit_tokenizer", dim=2, **_SIZES))
   model = LatentTokenizer(config)
   params = unbox(jax.jit(model.init)(jax.random.key(0), np.zeros((1, 4, 4, 1))))["params"]
   return latents.TrainedTokenizer(model, params, batch_size=8)
@@ -34,6 +37,19 @@ def prepared(tmp_path, tokenizer, monkeypatch):
     return latents.prepare(config)
 
   return make
+
+
+def test_a_tokenizer_is_loaded_without_what_it_was_trained_by(tmp_path):
+  config = common.latent_tokenizer("vit_tokenizer", **_SIZES, dim=2)
+  config.task.update(adversarial_weight=0.1, discriminator_width=2, discriminator_depth=1)
+  task = tokenizer_task.build(config)
+  params = jax.jit(lambda key: unbox(task.init(key)))(jax.random.key(3))
+  # Features that another program has registered.
+  config.task.update(perceptual="another's", perceptual_weight=1.0)
+  loop.save(tmp_path / "run", config, data.ByteTokenizer(), params)
+  loaded = latents.load_tokenizer(str(tmp_path / "run"))
+  del params[tokenizer_task.DISCRIMINATOR]
+  jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
 
 
 def test_latents_are_found_again(prepared):
