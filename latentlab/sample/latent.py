@@ -6,7 +6,7 @@ of a prompt whose tokens are left out.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -280,7 +280,8 @@ def generate_items(
   Args:
     model: The model.
     params: Its parameters.
-    prompts: One for each row, items of shape `[n]` and at least one of them; see `prompt_items`.
+    prompts: One for each row, items of shape `[n]` and at least one of them; see `prompt_items`. A
+      run of latents at a prompt's end is the beginning of the row's own, and goes on.
     key: As in `generate`.
     max_items: Items to draw at most.
     settings: How heads draw.
@@ -298,6 +299,76 @@ def generate_items(
   Raises:
     ValueError: a prompt is empty, or does not fit.
   """
+  stepper, sampler, arrays, capacity = _prepare(
+    model,
+    params,
+    prompts,
+    key,
+    max_items,
+    settings,
+    tokens=tokens,
+    guided=guided,
+    ends_with_run=ends_with_run,
+    min_latents=min_latents,
+    max_latents=max_latents,
+    threshold=threshold,
+    stop_tokens=stop_tokens,
+  )
+  sizes = dict(capacity=capacity, num_items=max_items)
+  generated, _ = loop.begin(stepper, sampler, *arrays, max_items, **sizes)
+  return generated
+
+
+def stream_items(
+  model: LatentLM,
+  params: Params,
+  prompts: Sequence[Items],
+  *,
+  key: Key[Array, ""] | Key[Array, " B"],
+  max_items: int,
+  settings: SolverSettings,
+  block_size: int = 8,
+  **options: Any,
+) -> Iterator[loop.Generated]:
+  """`generate_items` in blocks of `block_size` items, equal to it item by item.
+
+  Two programs are compiled, for the first block and for all others. The last block may be shorter.
+  Arguments are checked at once, not at the first block.
+
+  Args:
+    model: As in `generate_items`, and the next five.
+    params: Parameters.
+    prompts: One for each row.
+    key: A key, or one per row.
+    max_items: Items to draw at most.
+    settings: How heads draw.
+    block_size: Items of a block.
+    **options: Others of `generate_items`.
+  """
+  if block_size < 1:
+    raise ValueError(f"{block_size=} must be at least 1")
+  parts = _prepare(model, params, prompts, key, max_items, settings, **options)
+  stepper, sampler, arrays, capacity = parts
+  return loop.blocks(stepper, sampler, arrays, max_items, capacity, block_size=block_size)
+
+
+def _prepare(
+  model: LatentLM,
+  params: Params,
+  prompts: Sequence[Items],
+  key: Key[Array, ""] | Key[Array, " B"],
+  max_items: int,
+  settings: SolverSettings,
+  *,
+  tokens: TokenSampler | None = None,
+  guided: bool | None = None,
+  ends_with_run: bool = True,
+  min_latents: int = 0,
+  max_latents: int | None = None,
+  threshold: float = 0.5,
+  stop_tokens: Sequence[int] = (),
+) -> tuple[LatentStepper, LatentSampler, tuple[Prompts, Array, Array], int]:
+  """What the loop is given for the arguments of `generate_items`, and the room of its cache."""
   c = model.config
   if max_items < 1:
     raise ValueError(f"{max_items=} must be at least 1")
@@ -327,9 +398,7 @@ def generate_items(
     np.float32(threshold),
     ends_with_run,
   )
-  sizes = dict(capacity=width + max_items, num_items=max_items)
-  generated, _ = loop.begin(stepper, sampler, batch, jnp.asarray(lengths), keys, max_items, **sizes)
-  return generated
+  return stepper, sampler, (batch, jnp.asarray(lengths), keys), width + max_items
 
 
 def text_sampler(config: LatentLMConfig, sampler: TokenSampler | None) -> TokenSampler:
@@ -371,6 +440,21 @@ def prompt_items(
     placed[m.name] = np.zeros((len(tokens), m.dim), np.float32)
     placed[m.name][places] = given
   return Items(tokens, kinds, placed)
+
+
+def begun(
+  config: LatentLMConfig, tokens: np.ndarray, latents: np.ndarray, number: int = 0
+) -> Items:
+  """A prompt whose run has begun: normalised latents of a modality `[n Z]` behind its tokens.
+
+  Raises:
+    ValueError: latents do not come behind such tokens.
+  """
+  tokens, name = np.asarray(tokens), config.modalities[number].name
+  if not (tokens.size and _opens(config, int(tokens[-1]))):
+    raise ValueError(f"{tokens=} open no run of latents; end them with a class, or with <begin>")
+  run = np.full(len(latents), config.tokens.latent(number))
+  return prompt_items(config, np.concatenate([tokens, run]), {name: latents})
 
 
 def drawn_latents(generated: loop.Generated, name: str, number: int = 0) -> list[np.ndarray]:

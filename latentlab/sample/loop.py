@@ -312,13 +312,32 @@ def stream(
     model, params, prompts, lengths, key, max_new_tokens, stop_tokens, pad_id
   )
   options = dict(block_size=block_size, prefill_size=prefill_size, on_read=on_read)
-  return _blocks(stepper, sampler, arrays, max_new_tokens, capacity, **options)
+  return blocks(stepper.unstacked(), sampler, arrays, max_new_tokens, capacity, **options)
 
 
-def _blocks(
-  stepper, sampler, arrays, max_new_tokens, capacity, *, block_size, prefill_size, on_read
+def blocks(
+  stepper: Stepper,
+  sampler: Sampler,
+  arrays: tuple[Item, Int[Array, " B"], Key[Array, " B"]],
+  max_new_tokens: int,
+  capacity: int,
+  *,
+  block_size: int,
+  prefill_size: int | None = None,
+  on_read: Callable[[int], None] | None = None,
 ) -> Iterator[Generated]:
-  stepper = stepper.unstacked()
+  """Blocks of `block_size` items, of any model and sampler; `stream` is of tokens.
+
+  Args:
+    stepper: The model.
+    sampler: The sampler.
+    arrays: Prompts, padded on the right; their lengths; keys of rows.
+    max_new_tokens: Items to draw at most.
+    capacity: Room of the cache.
+    block_size: Items of a block.
+    prefill_size: As in `stream`.
+    on_read: As in `stream`.
+  """
   prompts, *rest = arrays
   if prefill_size is None or prompts.shape[1] <= prefill_size:
     sizes = dict(capacity=capacity, num_items=block_size)

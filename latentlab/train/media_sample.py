@@ -64,7 +64,7 @@ class Generator(abc.ABC):
   @abc.abstractmethod
   def runs(
     self,
-    prompts: Sequence[np.ndarray],
+    prompts: Sequence[np.ndarray | Items],
     settings: SolverSettings,
     keys: Key[Array, " B"],
     **options: Any,
@@ -73,7 +73,7 @@ class Generator(abc.ABC):
 
   def __call__(
     self,
-    prompts: Sequence[np.ndarray],
+    prompts: Sequence[np.ndarray | Items],
     settings: SolverSettings,
     key: Key[Array, ""],
     **options: Any,
@@ -83,7 +83,7 @@ class Generator(abc.ABC):
     Row `i` is drawn with a key of its own, whatever the batches.
 
     Args:
-      prompts: Tokens; see `data.mixed.Documents.prompt`.
+      prompts: Tokens; see `data.mixed.Documents.prompt`. Of a LatentLM also items.
       settings: How latents are drawn.
       key: Random key.
       **options: Of the model's `runs`.

@@ -182,6 +182,53 @@ def test_a_prompt_that_ends_in_a_run_goes_on_with_it():
   assert drawn.lengths.tolist() == [2]  # Of four, two are there.
 
 
+def test_a_run_that_is_split_goes_on_as_if_it_were_not():
+  """Without the solver's noise a row is its items alone, in both streams of guidance."""
+  model, params = _model("text", "token")
+  special = model.config.tokens
+  tokens = [[256, 97, 98, special.begin(0)], [256, special.begin(0)]]
+  settings = SolverSettings(3.0, temperature=0.0, num_steps=3)
+  options = dict(settings=settings, threshold=1.0)  # Lengths are tested above.
+  whole = _runs(model, params, _prompts(model, *tokens), max_items=6, max_latents=5, **options)
+  assert np.abs(whole[0][2:] - whole[1][2:]).max() > 1e-2
+  prompts = [
+    latent.begun(model.config, np.array(t), run[:n])
+    for t, run, n in zip(tokens, whole, (2, 3), strict=True)
+  ]
+  rest = _runs(model, params, prompts, max_items=6, max_latents=5, **options)
+  for run, count, again in zip(whole, (2, 3), rest, strict=True):
+    np.testing.assert_allclose(again, run[count:], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("block_size", [2, 5])
+def test_blocks_are_the_whole(block_size):
+  model, params = _model("text", "token")
+  special = model.config.tokens
+  (prompt,) = _prompts(model, [256, 97, special.begin(0)])
+  # The second row ends two items before the first.
+  prompts = [prompt, latent.begun(model.config, prompt.tokens, np.ones((2, cases.DIM)))]
+  options = dict(settings=_SETTINGS, max_items=7, max_latents=6, threshold=1.0)
+  whole = _generate(model, params, prompts, **options)
+  assert whole.lengths.tolist() == [7, 5]
+  key = jax.random.key(7)
+  blocks = list(
+    latent.stream_items(model, params, prompts, key=key, block_size=block_size, **options)
+  )
+  assert [block.log_probs.shape[1] for block in blocks] == {2: [2, 2, 2, 1], 5: [5, 2]}[block_size]
+  names = ("latents", "token", "kind")
+  for row, length in enumerate(whole.lengths):
+    got, want = (
+      [
+        np.concatenate([jax.tree.leaves(getattr(b.tokens, name))[0][row] for b in parts])[:length]
+        for name in names
+      ]
+      for parts in (blocks, [whole])
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, want)
+  assert sum(block.lengths for block in blocks).tolist() == whole.lengths.tolist()
+  assert blocks[-1].finished.tolist() == whole.finished.tolist()
+
+
 def test_new_settings_compile_nothing(empty_jit_cache):
   model, params = _model()
   sizes = []
@@ -212,3 +259,8 @@ def test_bad_prompts():
     latent.prompt_items(config, np.array([9999]))
   with pytest.raises(ValueError, match="1 places for latents of 'image' with 2 channels"):
     latent.prompt_items(config, np.array([config.tokens.latent(0)]))
+  with pytest.raises(ValueError, match="open no run of latents"):
+    latent.begun(config, np.array([97]), np.zeros((1, cases.DIM)))
+  with pytest.raises(ValueError, match="block_size=0 must be at least 1"):
+    options = dict(key=jax.random.key(0), max_items=2, settings=_SETTINGS, block_size=0)
+    latent.stream_items(*_model(), _classes(_model()[0], 0), **options)
