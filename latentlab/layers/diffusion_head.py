@@ -97,7 +97,8 @@ class DiffusionHeadConfig:
     norm_gain: Whether the layers' norms have a gain, as VibeVoice's do.
     norm_eps: Their epsilon.
     condition_proj: Whether the hidden vector passes a linear map first.
-    input_bias: Whether the map from latents has a bias, as the release's does on images.
+    input_bias: Whether maps from latents, a LatentLM's into its decoder too, have a bias, as the
+      release's do on images.
     remat: What the backward pass keeps of a layer, a name of `decoder.REMAT_POLICIES`.
   """
 

@@ -22,7 +22,7 @@ from flax import struct
 from latentlab import ops
 from latentlab.layers import DecoderCache, Shared
 from latentlab.layers.common import Projection
-from latentlab.layers.diffusion_head import DiffusionHeadConfig
+from latentlab.layers.diffusion_head import DiffusionHeadConfig, LatentProjection
 from latentlab.layers.latent_heads import (
   MixtureHeadConfig,
   RegressionHeadConfig,
@@ -110,6 +110,11 @@ class ModalityConfig:
     if self.dim < 1 or not self.std > 0:
       raise ValueError(f"dim={self.dim} and std={self.std} of latents must be positive")
 
+  @property
+  def input_bias(self) -> bool:
+    """Whether the decoder's map from latents has a bias: where its head's has one."""
+    return isinstance(self.head, DiffusionHeadConfig) and self.head.input_bias
+
 
 @dataclasses.dataclass(frozen=True)
 class LatentLMConfig:
@@ -179,14 +184,9 @@ class LatentLM(nn.Module):
 
   def setup(self):
     c, shared = self.config, self.config.shared
-    width, init = c.language.decoder.embed_dim, shared.init
     self.language = LanguageModel(c.language)
-    # No axis of theirs is the model's alone, so that a mesh need not divide a few channels.
     self.inputs = {
-      m.name: Projection(
-        (width,), (None, "embed"), init.mixer_in, shared.dtype, name=f"{m.name}_input"
-      )
-      for m in c.modalities
+      m.name: LatentProjection(shared, m.input_bias, name=f"{m.name}_input") for m in c.modalities
     }
     self.heads = {m.name: m.head.module(shared, m.dim, name=f"{m.name}_head") for m in c.modalities}
     self.stops = {

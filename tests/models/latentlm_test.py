@@ -112,7 +112,7 @@ def test_a_latent_enters_by_its_linear_map():
   """Of a decoder without layers' effect nothing else is seen: the embedding is `z W`."""
   model, params = _model()
   items = _items(model, rows=1, length=3).replace(kinds=jnp.ones((1, 3), jnp.int32))
-  kernel = params["image_input"]["kernel"]
+  kernel = params["image_input"]["proj"]["kernel"]
   want = items.latents["image"] @ kernel
   seen = {}
 

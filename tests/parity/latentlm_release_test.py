@@ -1,4 +1,4 @@
-"""The release's head and DiT give the outputs and every gradient of its formulas, in float64.
+"""The release's model, head and DiT give outputs and every gradient of its formulas, in float64.
 
 The reference is written from the paper's and the release's mathematics, over weights by the
 release's names: LatentLM section 3.2, DiT section 3.
@@ -16,6 +16,7 @@ from latentlab import interop
 from latentlab.interop import latentlm as names
 from latentlab.layers import Diffusion, Shared, initializers
 from latentlab.models.dit import DiT
+from latentlab.models.latentlm import Items, LatentLM
 
 torch = pytest.importorskip("torch", reason="the reference of LatentLM's release needs torch")
 
@@ -55,6 +56,19 @@ def dit_weights(images, length):
     shapes[f"blocks.{i}.attn.qkv.weight"] = (fused, WIDTH)
     shapes[f"blocks.{i}.attn.proj.weight"] = (WIDTH, WIDTH)
   return _random(shapes) | {"pos_embed": _positions(images, length)}
+
+
+def model_weights(images):
+  shapes = {"y_embedder.embedding_table.weight": (CLASSES + 1, WIDTH)}
+  for i in range(DEPTH):
+    fused = WIDTH + 2 * KV_HEADS * WIDTH // HEADS
+    shapes[f"blocks.{i}.attn.qkv.weight"] = (fused, WIDTH)
+    shapes[f"blocks.{i}.attn.proj.weight"] = (WIDTH, WIDTH)
+    shapes |= {f"blocks.{i}.mlp.{x}.weight": (MLP, WIDTH) for x in ("fc1", "gate")}
+    shapes[f"blocks.{i}.mlp.fc2.weight"] = (WIDTH, MLP)
+  into = {n.replace("noisy_", ""): s for n, s in _ends(images, "noisy_x_embedder").items()}
+  shapes |= {n: s for n, s in into.items() if n.startswith("x_embedder")}
+  return _random(shapes) | head_weights(images)
 
 
 def _random(shapes):
@@ -129,6 +143,16 @@ def head_formula(w, noisy, t, hidden):
   return _out(w, u, c)
 
 
+def model_formula(w, latents, labels):
+  """Normalised hidden vectors, of the class and then of all latents but the last."""
+  first = w["y_embedder.embedding_table.weight"][labels][:, None]
+  x = torch.cat([first, _in(w, "x_embedder", latents[:, :-1])], dim=1)
+  for i in range(DEPTH):
+    x = x + _attention(w, f"blocks.{i}.attn", _norm(x), causal=True)
+    x = x + _swiglu(w, f"blocks.{i}.mlp", _norm(x))
+  return _norm(x)
+
+
 def dit_formula(w, noisy, t, labels):
   x = _in(w, "x_embedder", noisy) + w["pos_embed"]
   c = (_time(w, t) + w["y_embedder.embedding_table.weight"][labels])[:, None]
@@ -141,14 +165,28 @@ def dit_formula(w, noisy, t, labels):
   return _out(w, x, c)
 
 
-def _attention(w, name, x):
+def _rotated(x):
+  """Neighbouring features as complex numbers, turned by place over powers of 10000 up to it."""
+  half = x.shape[-1] // 2
+  turns = 10_000.0 ** -torch.linspace(0, 1, half, dtype=torch.float64)
+  angles = torch.arange(x.shape[1], dtype=torch.float64)[:, None] * turns
+  turned = torch.view_as_complex(x.unflatten(-1, (half, 2)).contiguous())
+  turned = turned * torch.polar(torch.ones_like(angles), angles)[:, None]
+  return torch.view_as_real(turned).flatten(-2)
+
+
+def _attention(w, name, x, causal=False):
   batch, length, _ = x.shape
   heads = (x @ w[f"{name}.qkv.weight"].T).reshape(batch, length, -1, WIDTH // HEADS)
   q, k, v = heads.split([HEADS, KV_HEADS, KV_HEADS], dim=2)
+  hidden = torch.full((length, length), -torch.inf, dtype=torch.float64).triu(1)
+  if causal:
+    q, k = _rotated(q), _rotated(k)
   out = []
   for n in range(HEADS):
     m = n // (HEADS // KV_HEADS)
     scores = q[:, :, n] @ k[:, :, m].mT / math.sqrt(WIDTH // HEADS)
+    scores = scores + hidden if causal else scores
     out.append(scores.softmax(-1) @ v[:, :, m])
   return torch.cat(out, dim=-1) @ w[f"{name}.proj.weight"].T
 
@@ -216,6 +254,59 @@ def test_the_heads_loss_and_gradients(images):
   noisy = f32(alpha * repeat(clean) + sigma * noise.reshape(-1, DIM))
   call = jax.jit(functools.partial(head.apply, {"params": back.params}))
   _close(call(noisy, jnp.asarray(t.reshape(-1)), f32(repeat(hidden))), out)
+
+
+@pytest.mark.parametrize("images", [True, False], ids=["convolution", "matrix"])
+def test_the_models_loss_and_gradients(images):
+  """Latents by class: one pass of the decoder, and the head's loss of every latent."""
+  state, rng = model_weights(images), np.random.default_rng(1)
+  length = 5
+  clean, noise = rng.normal(size=(2, 3, length, DIM))
+  t, labels = rng.integers(0, 1000, (3, length)), np.array([2, 0, CLASSES])
+  alpha, sigma = _levels(t[..., None])
+
+  def formula(w, noisy, t, clean, labels):
+    hidden = model_formula(w, clean, labels)
+    rows = head_formula(w, noisy.reshape(-1, DIM), t.reshape(-1), hidden.reshape(-1, WIDTH))
+    return rows.reshape(noisy.shape)
+
+  inputs = (torch.tensor(t, dtype=torch.float64), torch.tensor(clean), torch.tensor(labels))
+  loss, grads, _ = _errors(formula, state, inputs, alpha, sigma, clean, noise)
+
+  fields = dict(num_heads=HEADS, num_latents=length, mean=0.5, std=2.0)
+  back = names.import_model(state, fields)
+  c, special = back.config, back.config.tokens
+  assert c.num_classes == CLASSES and c.modalities[0].input_bias == images
+  model, f32 = LatentLM(c), lambda x: jnp.asarray(x, jnp.float32)
+  first = [special.null if k == CLASSES else special.class_token(int(k)) for k in labels]
+  tokens = np.full((3, length), special.latent(0))
+  tokens[:, 0] = first
+  kinds = np.ones((3, length), np.int32)
+  kinds[:, 0] = 0
+  read = np.roll(clean, 1, axis=1)
+  items = Items(jnp.asarray(tokens), jnp.asarray(kinds), {"image": f32(read)})
+
+  def run(params):
+    hidden, _ = model.apply({"params": params}, items, method="hidden")
+    args = (hidden, f32(clean), jnp.asarray(t)[..., None], f32(noise)[..., None, :])
+    at = lambda module, *args: module.heads["image"].losses_at(*args)
+    return model.apply({"params": params}, *args, method=at).mean()
+
+  got, d_params = jax.jit(jax.value_and_grad(run))(back.params)
+  _close(got, loss)
+  # An export multiplies by the scales of norms; they are ones, and so they must be here.
+  is_scale = lambda path: path[-1].key == "scale"
+  d_params = jax.tree_util.tree_map_with_path(
+    lambda path, d: jnp.ones_like(d) if is_scale(path) else d, d_params
+  )
+  exported = names.export_model(c, d_params)
+  assert exported.keys() == grads.keys()
+  for name, want in grads.items():
+    _close(exported[name], want, name)
+  again = names.export_model(c, back.params)
+  assert again.keys() == state.keys()
+  for name, x in state.items():
+    np.testing.assert_array_equal(again[name], x, name)
 
 
 @pytest.mark.parametrize("images", [True, False], ids=["grid", "line"])
