@@ -36,7 +36,11 @@ from latentlab.typing import Params
 logger = logging.getLogger(__name__)
 
 # An iterator's state is a number of global batches, which means nothing when these change.
-_BATCH_FIELDS = ("batch_size", "seed", "data.seq_length", "data.packing")
+_BATCH_FIELDS = (
+  "batch_size",
+  "seed",
+  *(f"data.{name}" for name in ("seq_length", "packing", "condition", "documents_per_row")),
+)
 
 PREEMPTED_EXIT_CODE = 75
 """Exit status after SIGTERM: the state is saved, and the same command goes on (EX_TEMPFAIL)."""

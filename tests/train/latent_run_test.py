@@ -32,6 +32,18 @@ def test_a_run_on_latents_is_loaded_as_it_is(tmp_path):
     loop.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+  ("field", "value"), [("condition", "none"), ("documents_per_row", 2), ("seq_length", 99)]
+)
+def test_rows_of_another_kind_do_not_go_on(tmp_path, field, value):
+  config = _config(tmp_path)
+  (tmp_path / workdir_files.CONFIG).write_text(config.to_json())
+  loop._check_batches(config, tmp_path)
+  config.data[field] = value
+  with pytest.raises(ValueError, match=f"other batches: config.data.{field}: .* -> {value!r}"):
+    loop._check_batches(config, tmp_path)
+
+
 def _params(workdir):
   return jax.device_get(loop.load(workdir).params)
 
