@@ -6,7 +6,6 @@ itself: `x^t = alpha_t x + sigma_t e`. Tables are made in float64 and rounded on
 
 import dataclasses
 import functools
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,6 @@ import numpy as np
 
 from latentlab.typing import Array, Float, Int, Key
 
-Prediction = Literal["v", "epsilon", "x0", "flow"]
 PREDICTIONS = ("v", "epsilon", "x0", "flow")
 TIMESTEP_SAMPLERS = ("uniform", "logit_normal")
 GUIDANCE_KINDS = ("constant", "linear")
