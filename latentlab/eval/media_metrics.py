@@ -36,7 +36,7 @@ def generation_metrics(
   """
   if labels is not None and len(labels) != len(generated):
     raise ValueError(f"{len(labels)} labels for {len(generated)} generated media; give one each.")
-  found = features(_padded(generated, features.shape))
+  found = features(same_shape(generated, features.shape))
   real = reference if isinstance(reference, Extracted) else features.of_rows(reference)
   moments = (metrics.Moments.of(x.features) for x in (found, real))
   precision, recall = metrics.precision_recall(found.features, real.features, k)
@@ -55,14 +55,20 @@ def generation_metrics(
   return out
 
 
-def _padded(media: np.ndarray | Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
-  """Media of one shape, zeros behind the shorter sounds."""
+def same_shape(
+  media: np.ndarray | Sequence[np.ndarray], shape: tuple[int, ...]
+) -> Float[np.ndarray, "n ..."]:
+  """Media of one shape, zeros behind the shorter sounds.
+
+  Raises:
+    ValueError: a medium is of another shape, and no shorter sound.
+  """
   out = np.zeros((len(media), *shape), np.float32)
   for row, medium in zip(out, media, strict=True):
     is_short = len(shape) == 2 and medium.shape[1:] == shape[1:] and len(medium) < len(row)
     if medium.shape != shape and not is_short:
       raise ValueError(
-        f"a generated medium of shape {medium.shape} does not fit features of media of {shape}; "
+        f"a medium of shape {medium.shape} does not fit features of media of {shape}; "
         "cut it, or draw others."
       )
     row[: len(medium)] = medium

@@ -22,6 +22,7 @@ from latentlab.eval import (
   ngram,
   perplexity,
   reconstruction,
+  speech,
 )
 from latentlab.typing import Params
 
@@ -37,6 +38,7 @@ EVALUATORS = {
   "ngram": ngram,
   "perplexity": perplexity,
   "reconstruction": reconstruction,
+  "speech": speech,
 }
 
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]

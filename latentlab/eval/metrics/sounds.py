@@ -102,7 +102,7 @@ def stoi(sound: Sound, reference: Sound, sample_rate: int, extended: bool = Fals
 
 
 def speaker_similarity(
-  sound: Sound, reference: Sound, embed: Callable[[np.ndarray], np.ndarray]
+  sound: Sound, reference: Float[np.ndarray, "T"], embed: Callable[[np.ndarray], np.ndarray]
 ) -> float:
   """Cosine of two embeddings, which belong to the number's name."""
   a, b = (np.asarray(embed(x), np.float64) for x in (sound, reference))
