@@ -1,4 +1,4 @@
-r"""LatentLM on ImageNet by class: table 1, figure 4 and table 2 (https://arxiv.org/abs/2412.08635).
+r"""LatentLM and DiT on ImageNet by class: table 1, figure 4, table 2 (arXiv 2412.08635).
 
   python -m experiments.train --workdir=runs/table1 \
       --config=experiments/configs/latentlm/imagenet.py:row=table1 \
@@ -15,6 +15,7 @@ one; `smoke`, a run of seconds on digits; `seed`.
 from experiments.configs import common
 from experiments.configs.latentlm import common as latentlm
 from experiments.configs.latentlm import tokenizers_paper
+from latentlab.models import dit
 from latentlab.models.latentlm import PRESETS, RELEASE
 
 TITLE = "LatentLM, table 1 and figure 4: ImageNet by class"
@@ -39,16 +40,25 @@ ROWS = {
   ),
   "3b": dict(about="figure 4, 3.68B", expected=UNKNOWN),
 }
+# DiTs of as many parameters; in the paper each is behind the LatentLM of its size.
+ROWS |= {
+  f"dit_{size}": dict(about=f"figure 4, DiT, {count}", expected=UNKNOWN, model="dit", base=size)
+  for size, count in (("medium", "454M"), ("large", "1.03B"), ("xl", "1.82B"), ("3b", "3.79B"))
+}
 
 
 def get_config(arg=None):
   arg = common.parse_arg(arg, row=tuple(ROWS), scale=tuple(SCALES), smoke=False, seed=0)
   row = ROWS[arg.row]
   tokenizer = tokenizers_paper.get_config(f"row=imagenet,seed={arg.seed}")
-  c = latentlm.latentlm(tokenizer, seed=arg.seed)
-  sizes = dict(PRESETS[row.get("preset", arg.row)])
-  c.latents.head.update(depth=sizes.pop("head_depth"), mlp_dim=sizes["mlp_dim"])
-  c.model.update(**sizes, **RELEASE, dtype="bfloat16")
+  if row.get("model") == "dit":
+    sizes = dit.PRESETS[row["base"]]
+    c = latentlm.dit(tokenizer, seed=arg.seed, **sizes, init="linear", dtype="bfloat16")
+  else:
+    c = latentlm.latentlm(tokenizer, seed=arg.seed)
+    sizes = dict(PRESETS[row.get("preset", arg.row)])
+    c.latents.head.update(depth=sizes.pop("head_depth"), mlp_dim=sizes["mlp_dim"])
+    c.model.update(**sizes, **RELEASE, dtype="bfloat16")
   c.latents.prompt_dropout = 0.1
   c.optimizer.update(
     peak_lr=row.get("peak_lr", 5e-4),
