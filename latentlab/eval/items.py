@@ -42,14 +42,14 @@ class Evaluator:
     self._sums = compile(lambda p, batch, key: task.sums(p, batch, key, deterministic=True))
 
   def run(self, params: Params) -> Iterator[tuple[str, float]]:
-    """Yields `latent_loss`, and of models with text `token_loss` in nats and `perplexity`."""
+    """Yields `latent_loss`, `stop_loss` of a classifier, `token_loss` in nats and `perplexity`."""
     totals, key = None, jax.random.key(self._seed)
     for i, batch in enumerate(self._batches):
       totals = add_sums(totals, self._sums(params, batch, jax.random.fold_in(key, i)))
     if totals is None:
       raise ValueError("The split has no batch.")
     sums, weights = totals
-    for name, metric in (("latents", "latent_loss"), ("tokens", "token_loss"), ("stops", "stop")):
+    for name, metric in (("latents", "latent_loss"), ("tokens", "token_loss"), ("stops", "stop_loss")):
       if weights.get(name):
         yield metric, float(sums[name] / weights[name])
     if weights.get("tokens"):
