@@ -11,9 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from latentlab.data import Data
-from latentlab.eval.common import add_sums
+from latentlab.eval.common import add_sums, row_batches
+from latentlab.eval.media_metrics import reconstruction_metrics
 from latentlab.typing import Array, Float, Params
 
 _PEAK = 2.0
@@ -32,6 +34,8 @@ class Evaluator:
     split: str = "validation",
     max_batches: int | None = None,
     perturbation: float = 0.2,
+    media_metrics: int = 0,
+    intelligibility: bool = False,
     seed: int = 0,
   ):
     """Checks the fields; nothing is compiled before the first run.
@@ -43,6 +47,9 @@ class Evaluator:
       split: Of the data.
       max_batches: How many of its batches to read; all if `None` or 0.
       perturbation: Standard deviation of what is added to means, in that of the means themselves.
+      media_metrics: Of how many of the split's first rows the metrics of their kind are taken too,
+        which cost more than all else here; of all if -1, of none if 0.
+      intelligibility: Whether STOI is among those of sounds, by the package pystoi.
       seed: Of the noise.
     """
     if not hasattr(task.model, "posterior"):
@@ -51,16 +58,25 @@ class Evaluator:
       raise ValueError(f"{max_batches=} of a reconstruction must not be negative; 0 reads all.")
     if not perturbation >= 0:
       raise ValueError(f"{perturbation=} of a reconstruction must not be negative; 0 adds none.")
+    if media_metrics < -1:
+      raise ValueError(f"{media_metrics=} of a reconstruction must be -1 (all rows), 0 or more.")
+    if intelligibility and not media_metrics:
+      raise ValueError(f"{intelligibility=} is one of media_metrics; say of how many rows.")
     self._batches = data.eval_batches(split, max_batches or None)
+    self._data, self._split, self._intelligibility = data, split, intelligibility
+    self._num_rows = media_metrics
     self._model, self._perturbation, self._seed = task.model, perturbation, seed
     self._means, self._errors = compile(self._latent_sums), compile(self._error_sums)
+    self._reconstruct = compile(self._from_means)
 
   def run(self, params: Params) -> Iterator[tuple[str, float]]:
     """Yields `mse` and `psnr` of reconstructions from means, and of others.
 
     `mse_sampled` is from drawn latents, `mse_perturbed` from means that are off, `sensitivity` its
     ratio to `mse`; `latent_std` is that of the means, and `noise_ratio` what the noise's scale is
-    to it. A VQ has `code_perplexity` and `code_usage` of the split's codes.
+    to it. A VQ has `code_perplexity` and `code_usage` of the split's codes. With `media_metrics`,
+    means over media: of images `mean_psnr` and `ssim`, of sounds `mel_distance` and, if asked for,
+    `stoi`.
     """
     totals = None
     for batch in self._batches:
@@ -90,6 +106,24 @@ class Evaluator:
       used = shares[shares > 0]
       yield "code_perplexity", math.exp(-(used * [math.log(x) for x in used]).sum())
       yield "code_usage", len(used) / len(shares)
+    if self._num_rows:
+      yield from self._media_metrics(params)
+
+  def _media_metrics(self, params: Params) -> Iterator[tuple[str, float]]:
+    rows = self._data.splits[self._split]
+    count = rows.num_rows if self._num_rows < 0 else min(self._num_rows, rows.num_rows)
+    media = rows.rows(np.arange(count))["media"]
+    made = [
+      np.asarray(self._reconstruct(params, b)) for b in row_batches({"media": media}, self._data)
+    ]
+    found = reconstruction_metrics(
+      np.concatenate(made)[:count], rows, intelligibility=self._intelligibility
+    )
+    names = {"psnr": "mean_psnr"}  # Of one error over all media is `psnr`.
+    yield from ((names.get(name, name), x) for name, x in found.items() if name != "mse")
+
+  def _from_means(self, params: Params, batch: Mapping[str, Array]) -> Float[Array, "B ..."]:
+    return self._model.apply({"params": params}, batch["media"]).reconstruction
 
   def _latent_sums(self, params: Params, batch: Mapping[str, Array]) -> dict[str, Array]:
     means, log_variances = self._model.apply({"params": params}, batch["media"], method="posterior")

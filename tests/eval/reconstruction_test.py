@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from latentlab.data import media
-from latentlab.eval import reconstruction, runner
+from latentlab.eval import metrics, reconstruction, runner
 from latentlab.models.latent_tokenizer import LatentTokenizer, build_config
 
 
@@ -33,6 +33,7 @@ def test_numbers_are_those_of_the_split(bottleneck):
   evaluator = reconstruction.Evaluator(task, data, jax.jit, split="train", perturbation=0.5)
   got = dict(evaluator.run(params))
   assert got == dict(evaluator.run(params))  # Its noise is its own.
+  assert "ssim" not in got
   rows = data.splits["train"]
   images = jnp.array(rows.rows(np.arange(rows.num_rows))["media"])
   out = jax.jit(lambda p, x: task.model.apply({"params": p}, x))(params, images)
@@ -66,11 +67,49 @@ def test_no_perturbation_is_the_mean():
   np.testing.assert_allclose([got["mse_perturbed"], got["mse_sampled"]], got["mse"], rtol=1e-5)
 
 
+def test_metrics_of_images_are_of_their_first_rows_if_asked_for():
+  data, (task, params) = _data(), _task()
+  rows = data.splits["train"]
+  assert rows.num_rows == 21
+  for asked, count in ((5, 5), (-1, 21)):
+    fields = dict(split="train", media_metrics=asked)
+    got = dict(reconstruction.Evaluator(task, data, jax.jit, **fields).run(params))
+    images = rows.rows(np.arange(count))["media"]
+    apply = jax.jit(lambda p, x: task.model.apply({"params": p}, x).reconstruction)
+    made = np.asarray(apply(params, images))
+    np.testing.assert_allclose(got["mean_psnr"], metrics.psnr(made, images).mean(), rtol=1e-5)
+    np.testing.assert_allclose(got["ssim"], metrics.ssim(made, images, window=7).mean(), rtol=1e-4)
+
+
+def test_metrics_of_sounds(monkeypatch):
+  monkeypatch.setattr(metrics, "stoi", lambda sound, reference, rate: len(sound) / rate)
+  rng = np.random.default_rng(0)
+  sounds, lengths = rng.uniform(-1, 1, (9, 800)), np.arange(560, 740, 20)
+  data = media.build_arrays(sounds, batch_size=4, lengths=lengths, fields=dict(sample_rate=8000))
+  fields = dict(name="speech_tokenizer", num_samples=740, width=4, strides=(4, 5), depths=(0, 1, 0))
+  model = LatentTokenizer(build_config(fields | dict(dim=3, init_std=0.0)))
+  params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 740, 1)))["params"]
+  task = types.SimpleNamespace(model=model)
+  options = dict(split="train", media_metrics=3, intelligibility=True)
+  got = dict(reconstruction.Evaluator(task, data, jax.jit, **options).run(params))
+  batch = data.splits["train"].rows(np.arange(3))
+  made = np.asarray(jax.jit(model.apply)({"params": params}, batch["media"]).reconstruction)
+  mels = dict(num_mels=32, window=256, hop=128)
+  distances = [
+    metrics.mel_distance(a[:n, 0], b[:n, 0], 8000, **mels)
+    for a, b, n in zip(made, batch["media"], batch["lengths"], strict=True)
+  ]
+  np.testing.assert_allclose(got["mel_distance"], np.mean(distances), rtol=1e-4)
+  assert got["stoi"] == pytest.approx(batch["lengths"].mean() / 8000)
+
+
 def test_bad_fields():
   task, data = _task()[0], _data()
   for fields, message in (
     (dict(perturbation=-0.1), "perturbation=-0.1"),
     (dict(max_batches=-1), "max_batches=-1"),
+    (dict(media_metrics=-2), "media_metrics=-2"),
+    (dict(intelligibility=True), "intelligibility=True is one of media_metrics"),
     (dict(noise=1), "unknown fields"),
   ):
     section = dict(type="reconstruction", every_steps=1, split="train") | fields
