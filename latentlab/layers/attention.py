@@ -107,6 +107,8 @@ def attention_cache(config: Any, batch_size: int, max_length: int, *sizes: Any) 
 
 def keys_seen(mask: ops.Mask, seq_length: int) -> float:
   """Keys that a query sees on average."""
+  if mask.kind == "full":
+    return seq_length
   seen = seq_length / 2
   if mask.kind == "sliding_window":
     return min(seen, mask.size)

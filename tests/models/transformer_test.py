@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from latentlab import ops
 from latentlab.layers import AttentionConfig, RingCache, initializers
+from latentlab.layers.attention import keys_seen
 from latentlab.layers.common import Context, Shared
 from latentlab.models import (
   LanguageModel,
@@ -200,6 +202,7 @@ def test_lex_08_no_scheme_costs_parameters_or_matmuls():
     for m in ("blockwise_causal", "causal")
   )
   assert full - blocks == pytest.approx(2 * 4 * (50 - 1.5 * HALF) * 16)
+  assert keys_seen(ops.Mask("full"), 100) == 100
 
 
 @pytest.mark.parametrize("scheme", ["xpos", "rope", "alibi", "sinusoidal"])
