@@ -26,16 +26,16 @@ def get_config(arg=None):
   )
   tokenizer.data = latentlm.media("emoji", size=32, channels=3)
   tokenizer.batch_size = 32
-  tokenizer.train_steps, tokenizer.log_steps, tokenizer.checkpoint_steps = 1_500, 50, 500
+  tokenizer.train_steps, tokenizer.log_steps, tokenizer.checkpoint_steps = 1_000, 50, 500
   tokenizer.evals.reconstruction = dict(
-    type="reconstruction", split="validation", every_steps=1_500, max_batches=0, perturbation=0.2
+    type="reconstruction", split="validation", every_steps=1_000, max_batches=0, perturbation=0.2
   )
   c = latentlm.latentlm(tokenizer, seed=arg.seed)
   c.data.update(condition="text", max_text=40)
   c.batch_size = 16
   c.latents.loss_weight = 5.0
-  c.train_steps, c.log_steps, c.checkpoint_steps = 1_500, 50, 500
+  c.train_steps, c.log_steps, c.checkpoint_steps = 1_000, 50, 500
   c.sample.update(num_samples=64, guidance=2.0)
-  c.evals.generation = latentlm.generation(1_500, num_samples=160, guidance=2.0)
+  c.evals.generation = latentlm.generation(1_000, num_samples=160, guidance=2.0)
   c.evals.generation.update(reconstruction=True)
   return latentlm.smoke(c) if arg.smoke else c
