@@ -10,6 +10,7 @@ on beyond the length that it was trained at, in a cache of that length.
 A model over latents draws images or sounds, and writes captions (`experiments/generate_media.py`):
 
   python -m experiments.generate --workdir=runs/quickstart_latent --classes=3,7 --num_samples=8
+  python -m experiments.generate --workdir=runs/speech --prompt=seven --block_size=4
 """
 
 import json
@@ -53,7 +54,9 @@ _PREFILL_SIZE = flags.DEFINE_integer(
   "grow with them; 0 reads any prompt at once.",
   lower_bound=0,
 )
-_STREAM = flags.DEFINE_bool("stream", True, "Writes text while it is drawn, not at the end.")
+_STREAM = flags.DEFINE_bool(
+  "stream", True, "Writes text, and a LatentLM's sounds, while they are drawn, not at the end."
+)
 _OUTPUT = flags.DEFINE_string(
   "output", None, "A .jsonl file for samples of text; a folder for images and sounds."
 )
@@ -137,6 +140,7 @@ def _draw_media(
     temperature=_TEMPERATURE.value,
     seed=_SEED.value,
     output=_OUTPUT.value,
+    stream=_STREAM.value if _STREAM.present else None,
   )
 
 

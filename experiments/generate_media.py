@@ -1,22 +1,28 @@
 """What `experiments.generate` does with a model over latents: images, sounds, and captions of them.
 
 Written are `images.png` (a row of samples for each prompt) or a wav file for each sample, and
-`samples.jsonl`, which says what was asked for.
+`samples.jsonl`, which says what was asked for. Sounds grow while they are drawn.
 """
 
+import contextlib
 import json
 import logging
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+import tqdm
 from absl import flags
 
 from latentlab import sample
 from latentlab.data import images
+from latentlab.data.media_files import WavWriter
 from latentlab.layers.latent_heads import SolverSettings
-from latentlab.train import media_sample
+from latentlab.train import media_sample, media_stream
+
+_BLOCK_SIZE = 8
 
 CLASSES = flags.DEFINE_list(
   "classes", None, "Classes to draw, by name or number; all of them in turn if not given."
@@ -25,7 +31,13 @@ CAPTION = flags.DEFINE_multi_string("caption", [], "An image file to write a tex
 GUIDANCE = flags.DEFINE_float("guidance", None, "Scale of classifier-free guidance; 1 is none.")
 NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Steps of the head's solver.", lower_bound=1)
 SOLVER = flags.DEFINE_string("solver", None, "Solver of the head: dpm_2m, ddim, sde_2m, ...")
-FLAGS = (CLASSES, CAPTION, GUIDANCE, NUM_STEPS, SOLVER)
+BLOCK_SIZE = flags.DEFINE_integer(
+  "block_size",
+  None,
+  f"Latents between two pieces of a sound that grows; {_BLOCK_SIZE} if not given.",
+  lower_bound=1,
+)
+FLAGS = (CLASSES, CAPTION, GUIDANCE, NUM_STEPS, SOLVER, BLOCK_SIZE)
 
 logger = logging.getLogger("latentlab.generate")
 
@@ -41,6 +53,7 @@ def main(
   temperature: float | None,
   seed: int,
   output: str | None,
+  stream: bool | None,
 ) -> None:
   """Draws and writes what the flags ask for.
 
@@ -54,6 +67,7 @@ def main(
     temperature: Of the noise that the solver starts from; the run's own if `None`.
     seed: Of the samples.
     output: Folder; `samples` of the workdir if `None`.
+    stream: Whether sounds are written while they are drawn; if `None`, where they can be.
 
   Raises:
     ValueError: the flags ask for what the model does not do.
@@ -68,19 +82,58 @@ def main(
   asked = _asked(run.data, prompts)
   each = [a for a in asked for _ in range(num_samples)]
   key = jax.random.key(seed)
-  drawn = generator([tokens for _, tokens in each], _settings(run.config.sample, temperature), key)
   folder = pathlib.Path(output or pathlib.Path(workdir) / "samples")
-  columns = num_samples if num_samples > 1 else media_sample.columns(run.data, len(each))
-  rate = run.data.summary["sample_rate"]
-  paths = media_sample.write(drawn.media, folder, columns, rate)
+  arguments = [t for _, t in each], _settings(run.config.sample, temperature), key
+  if _streams(generator, stream):
+    paths, lengths = _stream(generator, *arguments, folder)
+  else:
+    drawn = generator(*arguments)
+    columns = num_samples if num_samples > 1 else media_sample.columns(run.data, len(each))
+    paths = media_sample.write(drawn.media, folder, columns, run.data.summary["sample_rate"])
+    lengths = drawn.lengths
   lines = [
     dict(what | {"sample": i % num_samples, "seed": seed, "step": run.step, "latents": length})
-    for i, ((what, _), length) in enumerate(zip(each, drawn.lengths, strict=True))
+    for i, ((what, _), length) in enumerate(zip(each, lengths, strict=True))
   ]
   listing = folder / "samples.jsonl"
   listing.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
   for path in (*paths, listing):
     print(path)
+
+
+def _streams(generator: Any, stream: bool | None) -> bool:
+  """Whether media are written while they are drawn."""
+  possible = media_stream.can_stream(generator)
+  if stream and not possible:
+    raise ValueError("--stream: only sounds that a LatentLM draws can be heard so; use --nostream.")
+  wanted = possible if stream is None else stream
+  if BLOCK_SIZE.value and not wanted:
+    raise ValueError(
+      f"--block_size={BLOCK_SIZE.value} is of sounds that grow while they are drawn; leave it out."
+    )
+  return wanted
+
+
+def _stream(
+  generator: Any,
+  prompts: Sequence[np.ndarray],
+  settings: SolverSettings,
+  key: Any,
+  folder: pathlib.Path,
+) -> tuple[list[pathlib.Path], list[int]]:
+  """Writes sounds block by block; returns their files and the latents of each."""
+  paths = [folder / f"{i}.wav" for i in range(len(prompts))]
+  lengths, hop = [0] * len(paths), generator.tokenizer.model.config.body.hop
+  with contextlib.ExitStack() as stack:
+    rate = generator.data.summary["sample_rate"]
+    files = [stack.enter_context(WavWriter(path, rate)) for path in paths]
+    size = BLOCK_SIZE.value or _BLOCK_SIZE
+    blocks = media_stream.stream(generator, prompts, settings, key, block_size=size)
+    for pieces in tqdm.tqdm(blocks, unit="block", leave=False, disable=None):
+      for i, (file, piece) in enumerate(zip(files, pieces, strict=True)):
+        file.write(piece)
+        lengths[i] += len(piece) // hop
+  return paths, lengths
 
 
 def _asked(data: Any, prompts: list[str]) -> list[tuple[dict[str, Any], np.ndarray]]:

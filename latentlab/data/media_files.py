@@ -58,19 +58,53 @@ def write_wav(path: str | os.PathLike, sound: np.ndarray, sample_rate: int) -> N
     sound: `[S]` or `[S, 1]` in [-1, 1], which it is clipped to.
     sample_rate: Samples a second.
   """
-  if sound.ndim > 2 or sound.size != len(sound) or not sound.size:
+  if not sound.size:
+    raise ValueError(f"a sound of shape {sound.shape} for {str(path)!r} is empty.")
+  _sixteen_bits(sound, path)  # Raises with the path as it was given.
+
+  def write(file: pathlib.Path) -> None:
+    with WavWriter(file, sample_rate) as wav:
+      wav.write(sound)
+
+  files.write(path, write)
+
+
+class WavWriter:
+  """A wav file as of `write_wav` that grows: after each piece, all before it can be heard."""
+
+  def __init__(self, path: str | os.PathLike, sample_rate: int):
+    """Begins the file, in the place of one that is there.
+
+    Args:
+      path: Of the file; its folder is made.
+      sample_rate: Samples a second.
+    """
+    if sample_rate < 1:
+      raise ValueError(f"{sample_rate=} of a wav file must be at least 1.")
+    self._path = pathlib.Path(path)
+    self._path.parent.mkdir(parents=True, exist_ok=True)
+    self._file = self._path.open("wb")
+    self._wav = wave.open(self._file, "wb")
+    self._wav.setnchannels(1)
+    self._wav.setsampwidth(2)
+    self._wav.setframerate(sample_rate)
+
+  def write(self, sound: np.ndarray) -> None:
+    """Adds a piece, `[S]` or `[S, 1]` in [-1, 1], which it is clipped to."""
+    self._wav.writeframes(_sixteen_bits(sound, self._path))
+    self._file.flush()
+
+  def __enter__(self) -> "WavWriter":
+    return self
+
+  def __exit__(self, *error: object) -> None:
+    self._wav.close()
+    self._file.close()
+
+
+def _sixteen_bits(sound: np.ndarray, path: str | os.PathLike) -> bytes:
+  if sound.ndim > 2 or sound.size != len(sound):
     raise ValueError(f"a sound of shape {sound.shape} must be [S] or [S, 1].")
   if not np.isfinite(sound).all():
     raise ValueError(f"the sound for {str(path)!r} holds values that are no numbers.")
-  if sample_rate < 1:
-    raise ValueError(f"{sample_rate=} of a wav file must be at least 1.")
-  samples = np.round(np.clip(sound.ravel(), -1, 1) * 32767).astype("<i2")
-
-  def write(file: pathlib.Path) -> None:
-    with wave.open(str(file), "wb") as f:
-      f.setnchannels(1)
-      f.setsampwidth(2)
-      f.setframerate(sample_rate)
-      f.writeframes(samples.tobytes())
-
-  files.write(path, write)
+  return np.round(np.clip(sound.ravel(), -1, 1) * 32767).astype("<i2").tobytes()

@@ -199,6 +199,21 @@ def test_wav_files_are_read_back(tmp_path):
     media_files.write_wav(tmp_path / "b.wav", np.zeros(3), 0)
 
 
+def test_a_wav_file_grows(tmp_path):
+  sound = np.random.default_rng(0).uniform(-1, 1, (70, 1))
+  with media_files.WavWriter(tmp_path / "new" / "a.wav", 8000) as wav:
+    for begin, end in ((0, 30), (30, 30), (30, 70)):
+      wav.write(sound[begin:end])
+      _, got = audio.decode((tmp_path / "new" / "a.wav").read_bytes(), "a.wav")
+      np.testing.assert_allclose(got, sound[:end], atol=5e-5)  # Whole, before it is closed.
+    with pytest.raises(ValueError, match="no numbers"):
+      wav.write(np.full(3, np.nan))
+  media_files.write_wav(tmp_path / "b.wav", sound, 8000)
+  assert (tmp_path / "b.wav").read_bytes() == (tmp_path / "new" / "a.wav").read_bytes()
+  with pytest.raises(ValueError, match="is empty"):
+    media_files.write_wav(tmp_path / "c.wav", sound[:0], 8000)
+
+
 def test_vowels_are_their_pitch_and_resonances():
   built = data.build(dict(source="vowels"), 4)
   rows = built.splits["train"]

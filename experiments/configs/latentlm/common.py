@@ -169,7 +169,8 @@ def smoke(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   c.optimizer.warmup_steps = 2
   c.train_steps, c.log_steps, c.checkpoint_steps = 8, 2, 4
   for evaluation in c.evals.values():
-    small = dict(num_samples=10, num_steps=2) if evaluation.type == "generation" else {}
+    draws = evaluation.type in ("generation", "speech")
+    small = dict(num_samples=10, num_steps=2) if draws else {}
     evaluation.update(every_steps=4, **(small or dict(max_batches=2)))
   c.sample.update(num_samples=min(c.sample.num_samples, 4), num_steps=2)
   return c
