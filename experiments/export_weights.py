@@ -9,6 +9,7 @@ has one, its configuration file. Nothing is overwritten.
 import json
 import logging
 import pathlib
+import typing
 
 from absl import flags
 
@@ -38,9 +39,15 @@ def main() -> None:
     if file.exists():
       raise ValueError(f"--output={_OUTPUT.value!r}: {str(file)!r} exists; give another place.")
   run = loop.load(workdir, step=_STEP.value)
-  config = run.task.model.config
+  config, exporter = run.task.model.config, interop.EXPORTERS[_TO.value]
+  kind = typing.get_type_hints(exporter)["config"]
+  if not isinstance(config, kind):
+    raise ValueError(
+      f"--to={_TO.value} is of a {kind.__name__}, and --workdir={workdir!r} holds a "
+      f"{type(config).__name__}."
+    )
   try:
-    state = interop.EXPORTERS[_TO.value](config, run.params)
+    state = exporter(config, run.params)
     made = config_file.make(config) if config_file else None
   except ValueError as e:
     raise ValueError(f"--workdir={workdir!r} with --to={_TO.value}: {e}") from e

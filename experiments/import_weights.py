@@ -7,9 +7,13 @@ r"""Makes a workdir of a model that another library trained, for `evaluate` and 
       --workdir=runs/imported --tokenizer=diffllama/tokenizer.json \
       --set=head_layout=neighbour --set=rope_layout=interleaved
 
+  python -m experiments.import_weights --from=latentlm --input=latentlm.safetensors \
+      --workdir=runs/imported --like=runs/digits
+
 `--set` gives a field of `config.model` that the weights do not tell, over what the library's own
 configuration file beside them does (`config.json` of DiffLlama, `params.json` of YOCO). Training
-goes on from the workdir with `--config.init_from`.
+goes on from the workdir with `--config.init_from`. A model over latents takes all that weights do
+not tell from another run, `--like`: its sizes, its data, the latents' tokenizer and their moments.
 """
 
 import logging
@@ -22,9 +26,12 @@ from experiments.configs import common
 from latentlab import app, interop
 from latentlab import data as data_lib
 from latentlab.models import registry
+from latentlab.models.latentlm import LatentLMConfig
 from latentlab.train import loop
 
-_FROM = flags.DEFINE_enum("from", None, sorted(interop.IMPORTERS), "Library of the weights.")
+_FROM = flags.DEFINE_enum(
+  "from", None, sorted(interop.IMPORTERS | interop.LATENT_IMPORTERS), "Library of the weights."
+)
 _INPUT = flags.DEFINE_string(
   "input",
   None,
@@ -36,7 +43,10 @@ _SEQ_LENGTH = flags.DEFINE_integer(
   "seq_length", 2048, "Window of evaluations, config.data.seq_length.", lower_bound=1
 )
 _SET = flags.DEFINE_multi_string("set", [], "<field>=<value> of config.model; may be repeated.")
-_FLAGS = (_FROM, _INPUT, _TOKENIZER, _SEQ_LENGTH, _SET)
+_LIKE = flags.DEFINE_string(
+  "like", None, "A run over the same latents, for models over latents; its weights are not used."
+)
+_FLAGS = (_FROM, _INPUT, _TOKENIZER, _SEQ_LENGTH, _SET, _LIKE)
 
 logger = logging.getLogger("latentlab.import_weights")
 
@@ -46,6 +56,11 @@ def main() -> None:
   for name, value in (("from", _FROM.value), ("input", _INPUT.value), ("workdir", workdir)):
     if not value:
       raise ValueError(f"--{name} is missing.")
+  if _FROM.value in interop.LATENT_IMPORTERS:
+    _import_over_latents(workdir)
+    return
+  if _LIKE.value:
+    raise ValueError(f"--like={_LIKE.value!r} is for models over latents; leave it out.")
   tokenizer = data_lib.load_tokenizer(_TOKENIZER.value)
   importer = interop.IMPORTERS[_FROM.value]
   try:
@@ -67,6 +82,26 @@ def main() -> None:
     c.data.tokenizer = str(pathlib.Path(workdir, "tokenizer.json").absolute())
   loop.save(workdir, c, tokenizer, imported.params)
   logger.info("%d tokens, %s, in %s.", imported.vocab_size, section, workdir)
+
+
+def _import_over_latents(workdir: str) -> None:
+  if not _LIKE.value:
+    raise ValueError(f"--from={_FROM.value} needs --like, a run over the latents that it draws.")
+  if _SET.value:
+    raise ValueError(f"--set={_SET.value}: --like={_LIKE.value!r} tells all of a model's fields.")
+  like = loop.load(_LIKE.value)
+  config, kind = like.task.model.config, LatentLMConfig
+  if not isinstance(config, kind):
+    raise ValueError(
+      f"--like={_LIKE.value!r} is a {type(config).__name__}, and --from={_FROM.value} is of a "
+      f"{kind.__name__}."
+    )
+  try:
+    params = interop.LATENT_IMPORTERS[_FROM.value](interop.read(_INPUT.value), config)
+  except ValueError as e:
+    raise ValueError(f"--input={_INPUT.value!r} with --like={_LIKE.value!r}: {e}") from e
+  loop.save(workdir, like.config, like.tokenizer, params, like.summary)
+  logger.info("A model over the latents of %s, in %s.", _LIKE.value, workdir)
 
 
 def _told(path: str) -> dict[str, Any]:

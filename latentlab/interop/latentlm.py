@@ -49,6 +49,7 @@ _CLASSES = "y_embedder.embedding_table.weight"
 _BLOCKS = "blocks"
 _LAYERS = "language/decoder/stage_0/block_0"
 _EMBEDDING = "language/embedder/embedding"
+_SOFTMAX = "language/head/kernel"
 _IMAGE = "image"
 
 
@@ -255,10 +256,44 @@ def import_model(state: StateDict, fields: Mapping[str, Any]) -> ImportedModel:
   )
   ours = {path: np.ones(x.shape, np.float32) for path, x in shapes.items()}
   ours |= {f"{_IMAGE}_normalizer/{n}": np.float32(fields[n]) for n in ("mean", "std")}
-  ours[_EMBEDDING] = np.zeros((special.vocab_size, width), np.float32)
-  ours[_EMBEDDING][special.null] = classes[-1]
-  ours[_EMBEDDING][special.class_token(0) :] = classes[:-1]
+  ours[_EMBEDDING] = _embedding(special, classes)
   return ImportedModel(config, traverse_util.unflatten_dict(_flat(params) | ours, sep="/"))
+
+
+def import_like(state: StateDict, config: LatentLMConfig) -> Params:
+  """Parameters from a state dict for a model that is known.
+
+  Args:
+    state: The weights.
+    config: The model, which tells what weights do not.
+
+  Raises:
+    ValueError: the release has no such model, or the weights are of another.
+  """
+  _check_model(config)
+  (block,), (m,) = config.language.decoder.stages[0].pattern, config.modalities
+  of_weights = {"depth", "mlp_dim", "mlp_ratio", "input_bias"}
+  fields = {f.name: getattr(m.head, f.name) for f in dataclasses.fields(m.head)}
+  fields = {name: x for name, x in fields.items() if name not in of_weights}
+  fields |= dict(num_heads=block.mixer.num_heads, rope_base=block.mixer.positions.base)
+  back = import_model(state, fields | dict(num_latents=m.num_latents, mean=m.mean, std=m.std))
+  want, got = (_flat(model_shapes(c)) for c in (config, back.config))
+  ours = {path.replace(f"{m.name}_", f"{_IMAGE}_", 1): x.shape for path, x in want.items()}
+  theirs = {path: x.shape for path, x in got.items()}
+  for path in (_SOFTMAX, _EMBEDDING):  # Tokens of texts, of which this model has more.
+    ours.pop(path, None), theirs.pop(path, None)
+  if config.num_classes != back.config.num_classes:
+    raise ValueError(
+      f"the weights have {back.config.num_classes} classes, and the model {config.num_classes}"
+    )
+  if wrong := sorted(p for p in ours | theirs if ours.get(p) != theirs.get(p)):
+    listed = "; ".join(f"{p} {theirs.get(p)} instead of {ours.get(p)}" for p in wrong[:5])
+    raise ValueError(f"the weights are of another model: {listed}")
+  params = {p.replace(f"{_IMAGE}_", f"{m.name}_", 1): x for p, x in _flat(back.params).items()}
+  params[_EMBEDDING] = _embedding(config.tokens, state[_CLASSES])
+  if _SOFTMAX in want:
+    params[_SOFTMAX] = np.zeros(want[_SOFTMAX].shape, np.float32)
+  return traverse_util.unflatten_dict(params, sep="/")
 
 
 def export_model(config: LatentLMConfig, params: Params) -> StateDict:
@@ -478,6 +513,13 @@ def _kv_heads(fused: np.ndarray, embed_dim: int, num_heads: int) -> int:
       f"num_heads={num_heads} of {head_dim} features do not make attn.qkv.weight, {fused.shape}"
     )
   return rest // (2 * head_dim)
+
+
+def _embedding(special: SpecialTokens, classes: np.ndarray) -> np.ndarray:
+  """The table of an embedding: zeros but for classes, and for their lack, which comes last."""
+  rows = np.zeros((special.vocab_size, classes.shape[1]), np.float32)
+  rows[special.null], rows[special.class_token(0) :] = classes[-1], classes[:-1]
+  return rows
 
 
 def _flat(params: Params) -> dict[str, Any]:

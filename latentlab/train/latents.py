@@ -189,6 +189,22 @@ def prepare(config: mixed.LatentDataConfig) -> LatentStore:
   return latent_store.write(path, items, meta)
 
 
+def prepare_run(run_dir: str, cache_dir: str = "") -> LatentStore:
+  """The latents of a tokenizer's own media, for models that will be trained on them.
+
+  Args:
+    run_dir: Workdir of the tokenizer's run.
+    cache_dir: Where latents are kept, as of `DataConfig`.
+
+  Raises:
+    ValueError: there is no tokenizer, or its media are not at hand.
+  """
+  config = workdir_files.read_config(run_dir)
+  place = str(pathlib.Path(run_dir).absolute())
+  of_latents = dict(tokenizer_run=place, cache_dir=cache_dir)
+  return prepare(mixed.LatentDataConfig(media=config.data.to_dict(), **of_latents))
+
+
 def _fits(config: LatentTokenizerConfig, shape: tuple[int, ...]) -> bool:
   """Whether a tokenizer encodes media of a shape; its training may have seen parts of sounds."""
   if isinstance(config.body, SpeechBody):

@@ -130,6 +130,7 @@ class Trained:
     trainer: Its layout.
     params: Its parameters, or their average where the run kept one.
     step: The step they are from.
+    summary: Of its data; `None` where the run wrote none.
   """
 
   config: ml_collections.ConfigDict
@@ -138,6 +139,7 @@ class Trained:
   trainer: partition.Trainer
   params: Params
   step: int
+  summary: Mapping[str, Any] | None
 
   @functools.cached_property
   def data(self) -> data_lib.Data:
@@ -211,7 +213,7 @@ def load(
       None if step == "latest" else int(step),
       partial=True,
     )
-  return Trained(config, tokenizer, task, trainer, state[part], step)
+  return Trained(config, tokenizer, task, trainer, state[part], step, summary)
 
 
 def save(
@@ -219,10 +221,18 @@ def save(
   config: ml_collections.ConfigDict,
   tokenizer: data_lib.Tokenizer,
   params: Params,
+  summary: Mapping[str, Any] | None = None,
 ) -> None:
   """Writes what `load` reads, as step 0 of a run, for parameters that were trained elsewhere.
 
   Training can start from them with `config.init_from`.
+
+  Args:
+    workdir: Where to.
+    config: Of the run.
+    tokenizer: Of its texts.
+    params: Its parameters.
+    summary: Of its data; needed for a model over latents.
 
   Raises:
     ValueError: the workdir holds a run.
@@ -232,8 +242,13 @@ def save(
     raise ValueError(f"{str(workdir)!r} holds a run already; give another workdir.")
   workdir.mkdir(parents=True, exist_ok=True)
   with checkpoint.Checkpointer(workdir, **config.checkpoint) as checkpointer:
-    checkpointer.save(0, {"params": jax.device_put(params)}, {})
+    parts = {"params": jax.device_put(params)}
+    if config.optimizer.ema_decay:
+      parts["ema"] = jax.tree.map(lambda x: x.astype(jnp.float32), parts["params"])
+    checkpointer.save(0, parts, {})
   tokenizer.save(workdir / TOKENIZER)
+  if summary is not None:
+    files.write_json(workdir / CORPUS, dict(summary))
   _write_config(config, workdir)
 
 

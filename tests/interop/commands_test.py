@@ -1,6 +1,7 @@
 """From another library's files to a workdir that is used, and back to files, by the commands."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -8,8 +9,11 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.configs import quickstart_latent
 from latentlab import interop
 from latentlab.models import build_config
+from latentlab.models.latentlm import RELEASE
+from latentlab.train import loop
 
 VOCAB = 258  # Bytes, and the tokenizer's two of its own.
 SIZES = dict(num_layers=2, embed_dim=16, num_heads=2, mlp_dim=20)
@@ -72,3 +76,37 @@ def test_a_folder_is_imported_used_and_exported(exported, tmp_path):
   else:
     name = interop.CONFIG_FILES[library].name
     assert interop.read_json(back / name) == interop.read_json(folder / name)
+
+
+@pytest.mark.slow
+def test_weights_over_latents_take_the_place_of_a_runs(tmp_path):
+  """Out of one run, into a new one over the same latents, and out of that: the same file."""
+  config = quickstart_latent.get_config("smoke")
+  config.model.update(RELEASE | dict(tie_embeddings=False))
+  config.latents.head.input_bias = True
+  config.train_steps = config.checkpoint_steps = 2
+  config.tokenizer.train_steps = config.tokenizer.checkpoint_steps = 2
+  config.evals = config.tokenizer.evals = {}
+  config.data.cache_dir = str(tmp_path / "cache")
+  run, new, files = (
+    tmp_path / "run",
+    tmp_path / "new",
+    [tmp_path / f"{i}.safetensors" for i in "ab"],
+  )
+  loop.train(config, run)
+  _run("export_weights", "--to=latentlm", f"--workdir={run}", f"--output={files[0]}")
+  into = ("import_weights", "--from=latentlm", f"--input={files[0]}", f"--workdir={new}")
+  assert "needs --like" in _run(*into, fails=True)
+  assert "of a LatentLMConfig" in _run(*into, f"--like={run}/tokenizer", fails=True)
+  _run(*into, f"--like={run}")
+  _run("export_weights", "--to=latentlm", f"--workdir={new}", f"--output={files[1]}")
+  first, second = map(interop.read, files)
+  assert len(first) == 19 and first.keys() == second.keys()
+  for name, x in first.items():
+    np.testing.assert_array_equal(second[name], x, err_msg=name)
+  trained, imported = map(loop.load, (run, new))
+  assert imported.step == 0 and imported.summary == trained.summary
+  wrong = "is of a LanguageModelConfig, and .* holds a LatentLMConfig"
+  assert re.search(
+    wrong, _run("export_weights", "--to=yoco", f"--workdir={run}", "--output=x", fails=True)
+  )

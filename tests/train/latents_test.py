@@ -52,6 +52,24 @@ def test_a_tokenizer_is_loaded_without_what_it_was_trained_by(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
 
 
+def test_a_tokenizers_own_media_are_encoded_for_models(tmp_path):
+  pixels = np.random.default_rng(0).integers(0, 256, (8, 4, 4), np.uint8)
+  np.savez(tmp_path / "media.npz", media=pixels)
+  config = common.latent_tokenizer("vit_tokenizer", **_SIZES, dim=2)
+  config.data.update(source="arrays", path=str(tmp_path / "media.npz"), validation_fraction=0.25)
+  params = jax.jit(lambda key: unbox(tokenizer_task.build(config).init(key)))(jax.random.key(3))
+  run = str(tmp_path / "run")
+  loop.save(run, config, data.ByteTokenizer(), params)
+  store = latents.prepare_run(run, str(tmp_path / "cache"))
+  assert {name: len(x) for name, x in store.splits.items()} == {"train": 7, "validation": 1}
+  # A model's config finds them.
+  media = config.data.copy_and_resolve_references()
+  c = common.latentlm(None)
+  c.data.update(media=media, tokenizer_run=run, condition="none", cache_dir=str(tmp_path / "cache"))
+  latents.load_tokenizer(run).__dict__["posterior"] = None  # Nothing is encoded again.
+  assert latents.prepare(mixed.LatentDataConfig.of(c.data.to_dict())).path == store.path
+
+
 def test_latents_are_found_again(prepared):
   assert prepared().path == prepared().path
 
