@@ -21,6 +21,7 @@ from latentlab.models import latent_tokenizer
 from latentlab.models.latent_tokenizer import LatentTokenizer, LatentTokenizerConfig
 from latentlab.models.latentlm import SpecialTokens
 from latentlab.models.tokenizer_bodies import SpeechBody
+from latentlab.ops.latents import to_sphere
 from latentlab.train import checkpoint, tokenizer_task, workdir_files
 from latentlab.train.state import unbox
 from latentlab.typing import Params
@@ -77,8 +78,13 @@ class TrainedTokenizer:
 
   @functools.cached_property
   def decode(self) -> Callable[[np.ndarray], np.ndarray]:
-    """Media of latents `[B N Z]`."""
-    decode = jax.jit(lambda p, z: self.model.apply({"params": p}, z, method="decode"))
+    """Media of latents `[B N Z]`, which a model may have drawn beside the sphere of theirs."""
+
+    @jax.jit
+    def decode(params, latents):
+      latents = to_sphere(latents) if self.model.config.noise.on_sphere else latents
+      return self.model.apply({"params": params}, latents, method="decode")
+
     return lambda latents: np.asarray(decode(self.params, latents))
 
   @functools.cached_property

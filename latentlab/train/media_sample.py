@@ -239,19 +239,16 @@ def text_sampler(
 
 
 def settings(section: ml_collections.ConfigDict, where: str = "config.sample") -> SolverSettings:
-  """How latents are drawn, from `solver`, `num_steps`, `guidance` and `temperature`.
+  """How latents are drawn, from fields of `SolverSettings`.
 
   Raises:
     ValueError: a value is bad.
   """
+  fields = ("solver", "num_steps", "guidance_kind", "guidance_interval", "lambda_min")
+  given = {name: section[name] for name in fields if section.get(name) is not None}
+  scales = dict(guidance=float(section.guidance), temperature=float(section.temperature))
   try:
-    return SolverSettings(
-      guidance=float(section.guidance),
-      temperature=float(section.temperature),
-      solver=section.solver,
-      num_steps=section.num_steps,
-      guidance_kind=section.get("guidance_kind", "constant"),
-    )
+    return SolverSettings(**scales, **given)
   except ValueError as e:
     raise ValueError(f"{where}: {e}") from e
 

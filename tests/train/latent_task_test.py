@@ -10,11 +10,12 @@ import optax
 import pytest
 from flax import linen as nn
 
+from experiments.configs import quickstart_latent
 from experiments.configs.latentlm import common
 from latentlab.layers.diffusion_head import DiffusionHeadConfig
 from latentlab.layers.latent_heads import MixtureHeadConfig, RegressionHeadConfig, SolverSettings
 from latentlab.layers.mar_head import MarHeadConfig
-from latentlab.train import latent_rows, latent_task, latents, partition
+from latentlab.train import latent_rows, latent_task, latents, media_sample, partition
 from latentlab.train.state import unbox
 from latentlab.train.step import init_state, make_step
 
@@ -317,3 +318,14 @@ def test_heads_by_name():
     latent_task.build_head(dict(kind="gan"))
   with pytest.raises(ValueError, match=r"fields that kind='regression' does not: \['schedule'\]"):
     latent_task.build_head(dict(kind="regression", schedule="cosine"))
+
+
+def test_samples_are_drawn_as_the_config_says():
+  config = quickstart_latent.get_config("smoke")
+  assert media_sample.settings(config.sample) == SolverSettings(guidance=1.5, num_steps=2)
+  config.sample.update(guidance_kind="linear", guidance_interval=(0.1, 0.7), lambda_min=-5.0)
+  want = dict(guidance_kind="linear", guidance_interval=(0.1, 0.7), lambda_min=-5.0)
+  assert media_sample.settings(config.sample) == SolverSettings(guidance=1.5, num_steps=2, **want)
+  config.sample.guidance_interval = (0.7, 0.1)
+  with pytest.raises(ValueError, match=r"config.sample: guidance_interval=.* must ascend"):
+    media_sample.settings(config.sample)

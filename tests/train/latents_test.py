@@ -52,6 +52,19 @@ def test_a_tokenizer_is_loaded_without_what_it_was_trained_by(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
 
 
+def test_what_was_drawn_beside_the_sphere_is_put_back():
+  config = latent_tokenizer.build_config(
+    dict(name="vit_tokenizer", dim=3, bottleneck="spherical", **_SIZES)
+  )
+  model = LatentTokenizer(config)
+  params = unbox(jax.jit(model.init)(jax.random.key(0), np.zeros((1, 4, 4, 1))))["params"]
+  loaded = latents.TrainedTokenizer(model, params, batch_size=8)
+  means, _ = loaded.posterior(np.random.default_rng(0).normal(size=(2, 4, 4, 1)))
+  np.testing.assert_allclose(np.square(means).sum(-1), 3, rtol=1e-5)
+  off = means * np.array([0.5, 2.0, 3.0, 0.1])[:, None]
+  np.testing.assert_allclose(loaded.decode(off), loaded.decode(means), atol=1e-5)
+
+
 def test_a_tokenizers_own_media_are_encoded_for_models(tmp_path):
   pixels = np.random.default_rng(0).integers(0, 256, (8, 4, 4), np.uint8)
   np.savez(tmp_path / "media.npz", media=pixels)

@@ -136,6 +136,8 @@ def _over_latents(
     media("digits") if tokenizer is None else tokenizer.data.copy_and_resolve_references()
   )
   c.sample = dict(num_samples=40, solver="dpm_2m", num_steps=20, guidance=1.0, temperature=1.0)
+  c.sample.update(guidance_kind="constant", guidance_interval=(0.0, 1.0))
+  c.sample.lambda_min = config_dict.placeholder(float)
   c.tokenizer = ml_collections.ConfigDict() if tokenizer is None else tokenizer
   c.optimizer.update(peak_lr=2e-3, weight_decay=0.01, ema_decay=0.999, warmup_steps=100)
   c.batch_size = 64
