@@ -8,7 +8,7 @@ The first command fetches 1,911 emoji with their names, "grinning face", "nauru 
 categories (npm's package emoji-datasource-twitter; the images are Twemoji, CC BY 4.0). Images are
 of 32x32 pixels and 64 latents, names are bytes, of which 40 at most are read; a tenth is held out.
 This is little to learn how words and pictures go together from: names that training has seen are
-drawn, and what is drawn of others shows what it has made of the words in them. About ten minutes on
+drawn, and what is drawn of others shows what it has made of the words in them. Some five minutes on
 two CPU cores. Images and texts of yours: `--config.tokenizer.data.source=captioned_images
 --config.tokenizer.data.path=captions.jsonl`, and the same under `config.data.media`. Arguments:
 `smoke`, a run of seconds on digits; `seed`.
@@ -26,16 +26,16 @@ def get_config(arg=None):
   )
   tokenizer.data = latentlm.media("emoji", size=32, channels=3)
   tokenizer.batch_size = 32
-  tokenizer.train_steps, tokenizer.log_steps, tokenizer.checkpoint_steps = 1_000, 50, 500
+  tokenizer.train_steps, tokenizer.log_steps, tokenizer.checkpoint_steps = 800, 50, 400
   tokenizer.evals.reconstruction = dict(
-    type="reconstruction", split="validation", every_steps=1_000, max_batches=0, perturbation=0.2
+    type="reconstruction", split="validation", every_steps=800, max_batches=0, perturbation=0.2
   )
   c = latentlm.latentlm(tokenizer, seed=arg.seed)
   c.data.update(condition="text", max_text=40)
   c.batch_size = 16
   c.latents.loss_weight = 5.0
-  c.train_steps, c.log_steps, c.checkpoint_steps = 1_000, 50, 500
+  c.train_steps, c.log_steps, c.checkpoint_steps = 800, 50, 400
   c.sample.update(num_samples=64, guidance=2.0)
-  c.evals.generation = latentlm.generation(1_000, num_samples=160, guidance=2.0)
+  c.evals.generation = latentlm.generation(800, num_samples=160, guidance=2.0)
   c.evals.generation.update(reconstruction=True)
   return latentlm.smoke(c) if arg.smoke else c
