@@ -350,3 +350,12 @@ def test_missing_packages_are_named(monkeypatch):
     metrics.stoi(np.ones(9), np.ones(9), RATE)
   with pytest.raises(ValueError, match=r"latentlab\[audio\]"):
     metrics.word_error_rate(["a"], ["a"])
+
+
+def test_sounds_shorter_than_a_window_have_frames_too():
+  sound = np.random.default_rng(0).uniform(-1, 1, 300)
+  options = dict(num_mels=32, window=256, hop=128)
+  whole = metrics.log_mel(np.pad(sound[:20], (0, 280)), 8000, **options)
+  short = metrics.log_mel(sound[:20], 8000, **options)
+  assert short.shape == (1, 32)
+  np.testing.assert_allclose(short[0], whole[0], rtol=1e-12)

@@ -60,7 +60,10 @@ def log_mel(
   transform = signal.ShortTimeFFT(
     signal.windows.hann(window, sym=False), hop, fs=sample_rate, fft_mode="onesided"
   )
-  magnitudes = np.abs(transform.stft(sound, p0=0, p1=-(-len(sound) // hop)))
+  frames = -(-len(sound) // hop)
+  # SciPy refuses what is shorter than half a window.
+  sound = np.pad(sound, (0, max(window - len(sound), 0)))
+  magnitudes = np.abs(transform.stft(sound, p0=0, p1=frames))
   bands = magnitudes.T @ _filterbank(num_mels, window, sample_rate)
   return np.log10(np.maximum(bands, _FLOOR))
 
