@@ -70,19 +70,22 @@ def test_what_differs_is_not_timed(ours, monkeypatch):
 
 
 def test_parts_are_a_line_over_steps():
-  line = lambda s: dict(ms_per_latent=2.0 + 0.5 * s)
+  line = lambda s: dict(ms_per_latent=2.0 + 0.5 * s, cpu_ms_per_latent=4.0 + s)
   reports = dict(latentlm=line(20), latentlm_1_steps=line(1), latentlm_5_steps=line(5))
   want = dict(head_pass_ms=0.5, backbone_and_loop_ms=2.0, head_share=round(10 / 12, 3))
-  assert latents.parts(reports) == pytest.approx(want)
+  found = latents.parts(reports)
+  assert found["clock"] == pytest.approx(want)
+  want = dict(head_pass_ms=1.0, backbone_and_loop_ms=4.0, head_share=round(20 / 24, 3))
+  assert found["cpu"] == pytest.approx(want)
 
 
 def test_the_plot_has_all_cases(tmp_path):
   case = lambda width, batch: dict(
     width=width,
     batch_size=batch,
-    ratio=dict(dit=dict(best=2.0), python_loop=dict(best=3.0)),
+    ratio=dict(dit=dict(per_cpu_second_best=2.0), python_loop=dict(per_cpu_second_best=3.0)),
     counted=dict(twin_over_ours=4.0, head_share=0.7),
-    time_of_parts=dict(head_share=0.6),
+    time_of_parts=dict(cpu=dict(head_share=0.6)),
   )
   cases = {f"{w}_{b}": case(w, b) for w in (96, 192) for b in (1, 8)}
   latents.plot(cases, tmp_path / "a.png")
