@@ -49,7 +49,8 @@ class Evaluator:
     if totals is None:
       raise ValueError("The split has no batch.")
     sums, weights = totals
-    for name, metric in (("latents", "latent_loss"), ("tokens", "token_loss"), ("stops", "stop_loss")):
+    names = {"latents": "latent_loss", "tokens": "token_loss", "stops": "stop_loss"}
+    for name, metric in names.items():
       if weights.get(name):
         yield metric, float(sums[name] / weights[name])
     if weights.get("tokens"):
