@@ -171,8 +171,14 @@ def _one_of_each_kind(evals):
   return dict(kinds.values())
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+  """A place for the classifiers that samples are looked at with: one for all configs of a media."""
+  return tmp_path_factory.mktemp("cache")
+
+
 @_each_run
-def test_one_row_trains(file, tmp_path):
+def test_one_row_trains(file, cache, tmp_path):
   (tmp_path / "text.txt").write_text("Nobody expects the quick brown fox to jump again. " * 400)
   config = _config(file, _arguments(file)[-1], "smoke")
   if config.task.type == "language_model":
@@ -183,7 +189,11 @@ def test_one_row_trains(file, tmp_path):
       media_files.write_wav(tmp_path / f"sounds/{name}.wav", sound, config.data.sample_rate)
     config.data.update(path=str(tmp_path / "sounds"), split_pattern="d")
   if "cache_dir" in config.data:
-    config.data.cache_dir = str(tmp_path)
+    config.data.cache_dir = str(cache)
+  if config.get("tokenizer"):
+    config.tokenizer.train_steps = config.tokenizer.checkpoint_steps = 2
+    config.tokenizer.evals = {}
+    config.sample.num_samples = config.tokenizer.sample.num_samples = 0  # Tested elsewhere.
   config.train_steps = config.checkpoint_steps = 2
   config.evals = _one_of_each_kind(config.evals)
   loop.train(config, tmp_path / "run")
