@@ -89,7 +89,7 @@ def main(config: ml_collections.ConfigDict | None, workdir: str) -> None:
     _draw_media(config, workdir, sampler)
     return
   for flag in generate_media.FLAGS:
-    if flag.value:
+    if flag.present:
       raise ValueError(f"--{flag.name}={flag.value} is of models over latents; leave it out.")
   prompts = _prompts()
   if _OUTPUT.value and not pathlib.Path(_OUTPUT.value).parent.is_dir():

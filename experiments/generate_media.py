@@ -7,6 +7,7 @@ Written are `images.png` (a row of samples for each prompt) or a wav file for ea
 import contextlib
 import json
 import logging
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -83,7 +84,9 @@ def main(
   each = [a for a in asked for _ in range(num_samples)]
   key = jax.random.key(seed)
   folder = pathlib.Path(output or pathlib.Path(workdir) / "samples")
-  arguments = [t for _, t in each], _settings(run.config.sample, temperature), key
+  if folder.exists() and not folder.is_dir():
+    raise ValueError(f"--output={str(folder)!r} is a file; give a folder.")
+  arguments = [t for _, t in each], _settings(run.config.sample, temperature, run.task.levels), key
   if _streams(generator, stream):
     paths, lengths = _stream(generator, *arguments, folder)
   else:
@@ -148,11 +151,21 @@ def _asked(data: Any, prompts: list[str]) -> list[tuple[dict[str, Any], np.ndarr
     if documents.condition == "none":
       return [({}, documents.prompt(0))]
     wanted = names if CLASSES.value is None else CLASSES.value
+    if not wanted:
+      raise ValueError(f"--classes= names none; choose among {names}, or leave it out.")
     return [({"class": name}, documents.prompt(_class(name, names))) for name in wanted]
   if CLASSES.value is not None:
     raise ValueError(f"--classes={CLASSES.value}: this model draws from texts; give --prompt.")
-  texts = prompts or [""]
-  return [({"prompt": text}, documents.prompt(text=text)) for text in texts]
+  for text in prompts:
+    length = len(documents.tokenizer.encode(text))
+    if length > documents.max_text:
+      logger.warning(
+        "--prompt=%r has %d tokens, and this model reads %d (config.data.max_text): it is cut.",
+        text,
+        length,
+        documents.max_text,
+      )
+  return [({"prompt": text}, documents.prompt(text=text)) for text in prompts or [""]]
 
 
 def _class(name: str, names: list[str]) -> int:
@@ -163,28 +176,47 @@ def _class(name: str, names: list[str]) -> int:
   raise ValueError(f"--classes has {name!r}; choose among {names}, or their numbers from 0.")
 
 
-def _settings(section: Any, temperature: float | None) -> SolverSettings:
+def _settings(section: Any, temperature: float | None, levels: Any) -> SolverSettings:
   given = dict(guidance=GUIDANCE.value, num_steps=NUM_STEPS.value, solver=SOLVER.value)
   given["temperature"] = temperature
   section = section.copy_and_resolve_references()
   for name, value in given.items():
     if value is not None:
       section[name] = value
-  return media_sample.settings(section, "--guidance, --num_steps, --solver or --temperature")
+  for name in ("guidance", "temperature"):
+    if not math.isfinite(section[name]):
+      raise ValueError(f"--{name}={section[name]} must be finite.")
+  where = "--guidance, --num_steps, --solver or --temperature"
+  chosen = media_sample.settings(section, where)
+  if levels is not None:
+    try:
+      chosen.table(levels)
+    except ValueError as e:
+      raise ValueError(f"{where}: {e}") from e
+  return chosen
 
 
 def _write_captions(generator: Any, num_tokens: int, tokens: Any, seed: int) -> None:
   collection = generator.data.media.splits["train"].collection
   if collection.kind != "image":
     raise ValueError("--caption is of images, and this model is of sounds.")
+  try:
+    generator.caption_prompt(0)  # Before any image is read.
+  except ValueError as e:
+    raise ValueError(f"--caption: {e}") from e
   media = []
   for path in CAPTION.value:
     try:
       content = pathlib.Path(path).read_bytes()
     except OSError as e:
       raise ValueError(f"--caption={path!r} cannot be read: {e.strerror}.") from e
-    image = images.decode(content, path, collection.shape[-1])
-    media.append(collection.transform(image, None))
+    image = collection.transform(images.decode(content, path, collection.shape[-1]), None)
+    if image.shape != tuple(collection.shape):
+      raise ValueError(
+        f"--caption={path!r} is an image of {image.shape}, and this model reads "
+        f"{tuple(collection.shape)}; cut it, or scale it."
+      )
+    media.append(image)
   texts = generator.captions(np.stack(media), jax.random.key(seed), num_tokens, tokens)
   for path, text in zip(CAPTION.value, texts, strict=True):
     print(json.dumps({"image": path, "text": text}, ensure_ascii=False))

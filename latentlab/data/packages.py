@@ -203,7 +203,8 @@ def _convert_emoji(archive: pathlib.Path, made: pathlib.Path, progress: bool) ->
     emoji = {e["image"]: e for e in json.loads(member("emoji.json")) if e["has_img_twitter"]}
     lines = []
     for image in _bar(sorted(emoji), "emoji", progress):
-      assert re.fullmatch(r"[0-9a-f-]+\.png", image), image
+      if not re.fullmatch(r"[0-9a-f-]+\.png", image):
+        raise ValueError(f"{str(archive)!r} names an image {image!r}, which is no name of one.")
       (made / image).write_bytes(member(f"img/twitter/64/{image}"))
       fields = emoji[image]
       line = dict(image=image, text=fields["name"].lower(), label=fields["category"])
