@@ -5,6 +5,7 @@ import json
 import types
 
 import jax
+import latent_cases
 import numpy as np
 import pytest
 from absl import flags as flags_lib
@@ -102,7 +103,7 @@ def test_only_sounds_of_a_latentlm_stream(case, drawn, tmp_path, monkeypatch):
 def _write(case, folder, stream, **flags):
   generator, config = case
   run = types.SimpleNamespace(
-    task=types.SimpleNamespace(generator=lambda *_: generator),
+    task=types.SimpleNamespace(generator=lambda *_: generator, levels=generator.task.levels),
     config=config,
     params=None,
     data=generator.data,
@@ -139,3 +140,31 @@ def test_files_that_grow_are_those_written_at_the_end(case, tmp_path):
     np.testing.assert_allclose(a, b, atol=1.5 / 32768)  # The last bit of 16.
   with pytest.raises(ValueError, match="--block_size=4 is of sounds that grow"):
     _write(case, tmp_path / "bad", False, block_size=4)
+
+
+@pytest.mark.parametrize(
+  "flags, message",
+  [
+    (dict(guidance=float("nan")), "--guidance=nan must be finite"),
+    (dict(num_steps=5000), "--guidance, --num_steps, --solver or --temperature: .*5000"),
+    (dict(classes=["1"]), "this model draws from texts; give --prompt"),
+  ],
+)
+def test_what_cannot_be_drawn_is_said_before(case, tmp_path, flags, message):
+  with pytest.raises(ValueError, match=message):
+    _write(case, tmp_path / "bad", None, **flags)
+  assert not (tmp_path / "bad").exists()
+
+
+def test_a_folder_that_is_a_file(case, tmp_path):
+  (tmp_path / "taken").touch()
+  with pytest.raises(ValueError, match="taken' is a file; give a folder"):
+    _write(case, tmp_path / "taken", None)
+
+
+def test_no_class_is_asked_for(tmp_path):
+  with flagsaver.flagsaver():
+    flags_lib.FLAGS.mark_as_parsed()
+    flags_lib.FLAGS.classes = []
+    with pytest.raises(ValueError, match="--classes= names none; choose among"):
+      generate_media._asked(latent_cases.data(tmp_path / "rows"), [])
