@@ -65,6 +65,7 @@ def test_stages_are_stacked_and_logically_partitioned(key):
   assert np.abs(kernel[0] - kernel[1]).max() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [dict(remat="full"), dict(remat="dots", unroll=None)], ids=str)
 def test_execution_choices_change_no_value(key, change):
   params, _, x = _init(MIXED, key)

@@ -151,6 +151,7 @@ def test_diff_02_pairs_of_the_second_version_are_neighbours():
 FORMS = ("xla", "two_call", "four_call")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["v1", "v2", "window"])
 def test_forms_and_routes_agree_in_outputs_and_all_gradients(variant):
   """The op's implementations; positions given, which takes attention's road; and the maps."""
@@ -223,6 +224,7 @@ def test_diff_09_extreme_logits_and_lambdas_have_finite_gradients(dtype, lam):
   assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["v1", "v2", "groups_of_three", "window"])
 def test_diff_07_pieces_of_any_size_are_one_pass(variant):
   """Prefill of ragged rows, then slices, then tokens; a window wraps around several times."""

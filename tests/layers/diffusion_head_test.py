@@ -367,6 +367,7 @@ def _statistics(samples):
   return upper.mean(), max(means), spread
 
 
+@pytest.mark.slow
 def test_latentlm_06_a_head_learns_conditional_mixtures():
   """Shares and modes are recovered, and few steps of the solver disperse too little."""
   config = DiffusionHeadConfig(depth=3, num_draws=4)

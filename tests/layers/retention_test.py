@@ -57,6 +57,7 @@ def _literal(params, x, log_decay, normalization):
   return np.einsum("bnts,bnsv,nvd->btd", scores, v, p["out_proj"]["kernel"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normalization", ["none", "decay", "paper"])
 @pytest.mark.parametrize("decay", ["linspace", "one"])
 def test_retnet_07_normalizations_are_the_papers_in_every_form(key, normalization, decay):
@@ -206,6 +207,7 @@ def test_torchscales_parallel_rows_know_documents(key):
     _run(dataclasses.replace(config, chunk_size=4), params, x, segment_ids=ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gate", [False, True])
 @pytest.mark.parametrize("head_norm", ["rms", "none"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -53,6 +53,7 @@ def test_lex_05_the_cache_drops_before_it_would_overflow(mask):
   assert not cache.overflowed.any()
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("pieces", [(17,), (1, 16), (6, 5, 4, 2), (2, 14, 1)], ids=str)
 def test_lex_05_pieces_of_any_size_leave_the_same(mask, pieces):

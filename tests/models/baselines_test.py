@@ -27,6 +27,7 @@ MODELS = {
 ALL = pytest.mark.parametrize("name", MODELS)
 
 
+@pytest.mark.slow
 @ALL
 @pytest.mark.usefixtures("empty_jit_cache")
 def test_prefill_and_decode_equal_one_pass(key, name):

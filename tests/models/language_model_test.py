@@ -55,6 +55,7 @@ def _one_pass(model, params, tokens, positions=None, segment_ids=None):
   return model.apply({"params": params}, tokens, positions, segment_ids).logits
 
 
+@pytest.mark.slow
 @ALL
 @pytest.mark.usefixtures("empty_jit_cache")
 def test_retnet_04_prefill_and_decode_equal_one_pass_at_every_split(key, name):
@@ -151,6 +152,7 @@ def test_absolute_positions_do(key):
   assert np.abs(got - _one_pass(model, params, tokens)).max() > 1e-2
 
 
+@pytest.mark.slow
 @BOTH
 def test_losses_and_their_gradients_equal_those_of_the_logits(key, name):
   model, params = _model(name)

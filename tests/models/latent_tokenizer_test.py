@@ -54,6 +54,7 @@ def _cached(fields):
   return model, jax.jit(model.init)(jax.random.key(4), media), media
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [_VIT, _CONV, _SPEECH], ids=lambda f: f["name"])
 def test_bodies(fields, key):
   model, variables, media = _made(fields)
@@ -102,6 +103,7 @@ def test_flops_are_those_that_the_compiler_counts(key):
     assert 0.75 < config.flops() / counted < 1.25, fields["name"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bottleneck", sorted({*BOTTLENECKS} - {"sigma_gaussian", "mean"}))
 def test_bottlenecks(bottleneck, key):
   more = dict(bottleneck=bottleneck, codebook_size=11 if bottleneck == "vq" else 0)

@@ -60,6 +60,7 @@ def _cut(items, *span):
   return jax.tree.map(lambda x: x[:, slice(*span)], items)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_latentlm_08_a_cache_gives_what_one_pass_gives(backbone):
   """Mixed rows, a prompt of several items, then item by item."""

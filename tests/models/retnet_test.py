@@ -73,6 +73,7 @@ def test_retnet_06_scores_do_not_see_a_shift():
   assert np.abs(scores(2 * positions) - scores(positions)).max() > 0.1
 
 
+@pytest.mark.slow
 def test_deepnorm_divides_some_weights_and_multiplies_the_residual():
   """alpha = (2 L)^(1/4) before the norm; beta = (8 L)^(-1/4) on values, outputs and mlps."""
   sizes = dict(name="retnet", num_layers=3, embed_dim=64, num_heads=2, feed_forward="swiglu")

@@ -86,6 +86,7 @@ def _read(model, params, tokens, cache, positions=None):
   return out.logits, out.cache
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "scheme, mask",
   [("xpos_half", "blockwise_causal"), ("xpos", "sliding_window"), ("alibi", "blockwise_causal")],
@@ -105,6 +106,7 @@ def test_lex_05_prefill_in_pieces_then_token_by_token_is_one_pass(scheme, mask):
     assert isinstance(ring, RingCache) and ring.k.shape[2] == 2 * HALF
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.usefixtures("empty_jit_cache")
 def test_lex_05_ragged_prompts_of_every_length(mask):

@@ -61,6 +61,7 @@ _prefill = jax.jit(prefill, static_argnames=("model", "max_length", "early_exit"
 _step = jax.jit(decode_step, static_argnums=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_yoco_05_06_early_exit_slices_and_tokens_are_one_pass(variant):
   """Of ragged prompts, in slices of any sizes, then token by token."""

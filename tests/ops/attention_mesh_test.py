@@ -88,6 +88,7 @@ def _assert_same(got, want):
     np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * max(1, largest), err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "op,spec,padded,window",
   [

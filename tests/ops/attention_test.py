@@ -320,6 +320,7 @@ def test_lex_05_blocks_equal_a_list_that_drops_half_before_it_overflows():
     np.testing.assert_allclose(out[:, 0], want[:, t], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", [Mask("sliding_window", 5), Mask("blockwise_causal", 4)], ids=str)
 @pytest.mark.parametrize("start, length", [(0, 3), (2, 9), (17, 21)])
 def test_lex_05_windows_over_older_keys_are_the_mask(mask, start, length):
@@ -347,6 +348,7 @@ def test_lex_05_windows_over_older_keys_are_the_mask(mask, start, length):
   np.testing.assert_allclose(got, _attend(scores, v, (gap >= 0) & seen & old), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["in place", "positions", "window"])
 def test_lex_02_tiles_equal_one_center(form):
   """300 tokens are 75 units of decay, and two tiles; about one center their scales go to 1e20."""
@@ -395,6 +397,7 @@ def test_lex_04_a_million_tokens_in(dtype):
   np.testing.assert_allclose(np.asarray(got, np.float64), want, atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "length, size, dtype", [(65_536, 256, jnp.bfloat16), (2**20, 8, jnp.float32)], ids=str
 )
