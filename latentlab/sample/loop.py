@@ -312,7 +312,11 @@ def stream(
     model, params, prompts, lengths, key, max_new_tokens, stop_tokens, pad_id
   )
   options = dict(block_size=block_size, prefill_size=prefill_size, on_read=on_read)
-  return blocks(stepper.unstacked(), sampler, arrays, max_new_tokens, capacity, **options)
+
+  def lazy() -> Iterator[Generated]:  # The copy of parameters waits for the first block, too.
+    yield from blocks(stepper.unstacked(), sampler, arrays, max_new_tokens, capacity, **options)
+
+  return lazy()
 
 
 def blocks(
