@@ -18,7 +18,11 @@ from latentlab.data import latent_store, media, mixed
 from latentlab.data import prepare as prepare_text
 from latentlab.data.latent_store import LatentItem, LatentStore
 from latentlab.models import latent_tokenizer
-from latentlab.models.latent_tokenizer import LatentTokenizer, LatentTokenizerConfig
+from latentlab.models.latent_tokenizer import (
+  LatentTokenizer,
+  LatentTokenizerConfig,
+  SignalCache,
+)
 from latentlab.models.latentlm import SpecialTokens
 from latentlab.models.tokenizer_bodies import SpeechBody
 from latentlab.ops.latents import to_sphere
@@ -80,12 +84,27 @@ class TrainedTokenizer:
   def decode(self) -> Callable[[np.ndarray], np.ndarray]:
     """Media of latents `[B N Z]`, which a model may have drawn beside the sphere of theirs."""
 
-    @jax.jit
-    def decode(params, latents):
-      latents = to_sphere(latents) if self.model.config.noise.on_sphere else latents
-      return self.model.apply({"params": params}, latents, method="decode")
-
+    decode = self._decoder("decode")
     return lambda latents: np.asarray(decode(self.params, latents))
+
+  @functools.cached_property
+  def decode_step(self) -> Callable[[np.ndarray, SignalCache], tuple[np.ndarray, SignalCache]]:
+    """As `decode` in pieces, of a tokenizer of sounds: a chunk's samples, and the new cache."""
+    decode = self._decoder("decode_step")
+
+    def step(latents, cache):
+      samples, cache = decode(self.params, latents, cache)
+      return np.asarray(samples), cache
+
+    return step
+
+  def _decoder(self, method: str) -> Callable[..., Any]:
+    @jax.jit
+    def decode(params, latents, *cache):
+      latents = to_sphere(latents) if self.model.config.noise.on_sphere else latents
+      return self.model.apply({"params": params}, latents, *cache, method=method)
+
+    return decode
 
   @functools.cached_property
   def posterior(self) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray | None]]:

@@ -8,7 +8,6 @@ it has made can be heard. Two programs draw, and one decodes.
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from latentlab import sample
@@ -74,15 +73,14 @@ def stream(
 def _decoded(
   generator: LatentGenerator, blocks: Iterator[sample.Generated], num_rows: int, block_size: int
 ) -> Iterator[list[np.ndarray]]:
-  model, params = generator.tokenizer.model, generator.tokenizer.params
-  hop, name = model.config.body.hop, generator.task.modality.name
-  cache = model.config.init_decode_cache(num_rows)
-  decode = jax.jit(lambda p, z, cache: model.apply({"params": p}, z, cache, method="decode_step"))
+  tokenizer, name = generator.tokenizer, generator.task.modality.name
+  hop, dim = tokenizer.model.config.body.hop, tokenizer.model.config.dim
+  cache = tokenizer.model.config.init_decode_cache(num_rows)
   for block in blocks:
     # Latents come first in every row: its prompt opens a run, and it ends with it.
-    runs = [generator.denormalize(run) for run in latent.drawn_latents(block, name)]
-    padded = np.zeros((num_rows, block_size, model.config.dim), np.float32)
+    runs = latent.drawn_latents(block, name)
+    padded = np.zeros((num_rows, block_size, dim), np.float32)
     for row, run in zip(padded, runs, strict=True):
       row[: len(run)] = run
-    samples, cache = decode(params, padded, cache)
-    yield [row[: len(run) * hop] for row, run in zip(np.asarray(samples), runs, strict=True)]
+    samples, cache = tokenizer.decode_step(generator.denormalize(padded), cache)
+    yield [row[: len(run) * hop] for row, run in zip(samples, runs, strict=True)]

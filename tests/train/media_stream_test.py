@@ -89,6 +89,19 @@ def test_sounds_that_grow_are_those_drawn_at_once(case, drawn, block_size):
     np.testing.assert_allclose(grown, sound, rtol=1e-3, atol=1e-4 * np.abs(sound).max())
 
 
+def test_a_stream_is_put_back_on_its_sphere(case, drawn, monkeypatch):
+  tokenizer, (_, arguments, options) = case[0].tokenizer, drawn
+  config = dataclasses.replace(tokenizer.model.config, bottleneck="spherical")
+  other = dataclasses.replace(tokenizer, model=LatentTokenizer(config))
+  monkeypatch.setattr(latents, "load_tokenizer", lambda run: other)
+  whole = case[0].decode(drawn[0].latents)
+  pieces = list(media_stream.stream(case[0], *arguments, block_size=3, **options))
+  for row, (sound, plain) in enumerate(zip(whole, drawn[0].media, strict=True)):
+    assert np.abs(sound - plain).max() > 0.1 * np.abs(plain).max()
+    grown = np.concatenate([parts[row] for parts in pieces])
+    np.testing.assert_allclose(grown, sound, rtol=1e-3, atol=1e-4 * np.abs(sound).max())
+
+
 def test_only_sounds_of_a_latentlm_stream(case, drawn, tmp_path, monkeypatch):
   sizes = dict(image_size=8, patch_size=4, num_layers=1, embed_dim=16, num_heads=2)
   of_images = LatentTokenizer(build_config(dict(name="vit_tokenizer", dim=3) | sizes))
