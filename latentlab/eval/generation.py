@@ -161,7 +161,8 @@ class Evaluator:
         settings,
       )
       arrays = jax.device_get((drawn, batch["next_kinds"], batch["segment_ids"]))
-      for latents, kinds, documents in zip(*arrays, strict=True):
+      count = len(rows) - start  # What is behind them in the last batch is there already.
+      for latents, kinds, documents in zip(*(x[:count] for x in arrays), strict=True):
         each = (latents[(kinds > 0) & (documents == i + 1)] for i in range(split.per_row))
         runs += [run for run in each if len(run)]
     return runs[: self._count]

@@ -77,6 +77,14 @@ def test_behind_its_own_latents_a_model_draws_them_again(guidance, tmp_path):
   np.testing.assert_allclose(evaluator.positions(again)["distance"], 0.0, atol=1e-6)
 
 
+def test_the_last_batch_brings_no_item_twice(tmp_path, monkeypatch):
+  monkeypatch.setattr(generation, "_BATCH", 4)
+  data = cases.data(tmp_path, seq_length=4)  # Six rows, in batches of four.
+  task, params = _task("regression", data.summary)
+  runs = _evaluator(task, data).draw_behind_real(params, SolverSettings())
+  assert [len(run) for run in runs] == [4] * 6
+
+
 def test_positions_are_in_units_of_the_latents(tmp_path):
   """Distances grow with the square of what is added, over the variance of all latents."""
   data = cases.data(tmp_path, noise=dict(kind="fixed", std=0.5), counts=(4,) * 40)
