@@ -147,7 +147,11 @@ class Evaluator:
       raise ValueError(f"{prompt_seconds=} must not be negative; 0 draws behind no beginning.")
     if speaker_pattern and not prompt_seconds:
       raise ValueError(f"{speaker_pattern=} is of similarity; set prompt_seconds, or leave it out.")
-    if speaker_pattern and re.compile(speaker_pattern).groups != 1:
+    try:
+      pattern = re.compile(speaker_pattern)
+    except re.error as e:
+      raise ValueError(f"{speaker_pattern=} is no regular expression ({e}).") from e
+    if speaker_pattern and pattern.groups != 1:
       raise ValueError(f"{speaker_pattern=} must have one group, around the speaker.")
     self._task, self._data, self._split, self._seed = task, data, split, seed
     self._recognizer, self._count = recognizer, min(num_samples, len(data.store.splits[split]))
@@ -229,8 +233,19 @@ class Evaluator:
       name: np.stack([self._embed(sound[cut:]) for sound in of]) for name, of in sounds.items()
     }
     if self._speaker_pattern:
-      names = sorted(self._speakers)
-      own = [names.index(self._speaker(self._rows.names[i])) for i in chosen]
+      names, speaking = sorted(self._speakers), [self._speaker(self._rows.names[i]) for i in chosen]
+      if unheard := sorted(set(speaking) - set(names)):
+        raise ValueError(
+          f"speaker_pattern={self._speaker_pattern!r} finds speakers of whom none of "
+          f"training's first {_MOST_REFERENCES} utterances is, {unheard[:3]}; mend it, or leave it "
+          "empty."
+        )
+      if len(names) < 2:
+        raise ValueError(
+          f"speaker_pattern={self._speaker_pattern!r} finds one speaker, {names[0]!r}, and "
+          "similarity is beside others; mend it, or leave it empty."
+        )
+      own = [names.index(speaker) for speaker in speaking]
       every = np.stack([self._speakers[name] for name in names])
     else:
       own = list(range(len(chosen)))
@@ -321,7 +336,7 @@ class Evaluator:
 
   def _speaker(self, name: str) -> str:
     found = re.search(self._speaker_pattern, name)
-    if found is None:
+    if found is None or not found[1]:
       raise ValueError(
         f"speaker_pattern={self._speaker_pattern!r} finds no speaker in {name!r}; mend it."
       )

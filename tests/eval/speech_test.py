@@ -198,6 +198,7 @@ def test_the_classifier_says_its_classs_text(data, monkeypatch):
     (dict(prompt_seconds=-1.0), "prompt_seconds=-1.0 must not be negative"),
     (dict(speaker_pattern="_(.)_"), "is of similarity; set prompt_seconds"),
     (dict(speaker_pattern="_._", prompt_seconds=0.1), "must have one group"),
+    (dict(speaker_pattern="_(.", prompt_seconds=0.1), "speaker_pattern='_..' is no regular expres"),
     (dict(words=1), "unknown fields"),
   ],
 )
@@ -213,6 +214,10 @@ def test_bad_requests(data):
     _run(data, prompt_seconds=1.0)
   with pytest.raises(ValueError, match="finds no speaker in"):
     _run(data, prompt_seconds=0.05, speaker_pattern="([xyz])")
+  with pytest.raises(ValueError, match="speaker_pattern='.*' finds speakers of whom none of"):
+    _run(data, prompt_seconds=0.05, speaker_pattern="_([0-9])$")
+  with pytest.raises(ValueError, match="speaker_pattern='.*' finds one speaker, '_'"):
+    _run(data, prompt_seconds=0.05, speaker_pattern="(_)")
   with pytest.raises(ValueError, match="'exact' is registered already"):
     speech.register("exact", lambda *args: None)
   with pytest.raises(ValueError, match="a model over latents of sounds"):
