@@ -52,6 +52,11 @@ class Evaluator:
       raise ValueError(
         f"data.condition={data.documents.condition!r} trains no captions; set 'caption' or 'both'."
       )
+    if not data.summary["equal_lengths"]:
+      raise ValueError(
+        "captions are of media of one length, and data.media has sounds of several, whose padding "
+        "would be read with them; leave this evaluation out."
+      )
     for name, value in dict(max_batches=max_batches or 0, max_media=max_media).items():
       if value < 0:
         raise ValueError(f"{name}={value} must not be negative; 0 takes all.")

@@ -18,7 +18,7 @@ _FIELDS = dict(split="train")
 class _Data(Data):
   """Twelve images, two captions of each, in rows of four; an image is as bright as its number."""
 
-  def __init__(self, condition="both"):
+  def __init__(self, condition="both", equal_lengths=True):
     names = [f"image {i // 2}" for i in range(24)]
     texts = [_TEXTS[(i // 2 + 3 * (i % 2)) % 5] for i in range(24)]
     pixels = np.repeat(np.linspace(-1, 1, 12, dtype=np.float32), 2)
@@ -28,6 +28,7 @@ class _Data(Data):
       media=media.build_arrays(images, None, texts, batch_size=4, names=names, fields=fields),
       documents=types.SimpleNamespace(condition=condition, max_text=64),
       tokenizer=ByteTokenizer(),
+      summary=dict(equal_lengths=equal_lengths),
     )
 
   def eval_batches(self, split, max_batches=None, **windows):
@@ -108,6 +109,11 @@ def test_bad_fields(condition, fields, message):
   section = dict(type="captions", every_steps=1) | _FIELDS | fields
   with pytest.raises(ValueError, match=message):
     runner.build({"x": section}, _Task([]), _Data(condition), jax.jit)
+
+
+def test_padding_of_sounds_is_not_captioned():
+  with pytest.raises(ValueError, match="data.media has sounds of several, whose padding"):
+    captions.Evaluator(_Task([]), _Data(equal_lengths=False), jax.jit)
 
 
 def test_models_without_text_have_no_captions():
