@@ -1,6 +1,7 @@
 """The notebooks run from top to bottom, at smoke scale."""
 
 import ast
+import os
 import pathlib
 import re
 import subprocess
@@ -15,8 +16,10 @@ _NOTEBOOKS = sorted(_COLAB.glob("*.ipynb"))
 
 
 @pytest.fixture
-def execute(tmp_path, monkeypatch):
+def execute(tmp_path, monkeypatch, cpu_flags):
   """Runs a notebook at smoke scale, in the workdir `tmp_path / "run"`."""
+  if os.environ["JAX_PLATFORMS"] == "cpu":
+    monkeypatch.setenv("XLA_FLAGS", cpu_flags(1))
   monkeypatch.setenv("LATENTLAB_SMOKE", "1")
   monkeypatch.setenv("LATENTLAB_WORKDIR", str(tmp_path / "run"))
   monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))

@@ -14,13 +14,16 @@ import pytest
 # jax reads these when a test file first imports it; subprocesses that a test starts inherit them.
 PLATFORM = os.environ.get("LATENTLAB_TEST_PLATFORM", "cpu")
 os.environ["JAX_PLATFORMS"] = PLATFORM
+# Tests compile far longer than they run, so the CPU's compiler may leave its code as it is, and
+# fusions to its older emitters, which take half as long and which later releases have not.
+_UNOPTIMISED = ("--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true")
+_OLDER_EMITTERS = (
+  ("--xla_cpu_use_fusion_emitters=false",)
+  if importlib.metadata.version("jaxlib").startswith("0.10.")
+  else ()
+)
 if PLATFORM == "cpu" and "device_count" not in os.environ.get("XLA_FLAGS", ""):
-  # Tests compile far longer than they run, so the compiler may leave its code as it is.
-  _flags = [
-    "--xla_force_host_platform_device_count=8",
-    "--xla_backend_optimization_level=0",
-    "--xla_llvm_disable_expensive_passes=true",
-  ]
+  _flags = ["--xla_force_host_platform_device_count=8", *_UNOPTIMISED]
   os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_flags])
 os.environ.setdefault("MPLBACKEND", "agg")
 if PLATFORM != "tpu":
@@ -49,20 +52,19 @@ _ONLY = {"cpu": "cpu_only", "cuda": "gpu_only", "tpu": "tpu_only"}
 def pytest_configure() -> None:
   if PLATFORM not in _ONLY:
     raise pytest.UsageError(f"LATENTLAB_TEST_PLATFORM={PLATFORM!r} is none of {', '.join(_ONLY)}.")
-  if PLATFORM == "cpu" and importlib.metadata.version("jaxlib").startswith("0.10."):
-    _compile_faster()
+  if PLATFORM == "cpu" and _OLDER_EMITTERS:
+    _use_older_emitters()
 
 
-def _compile_faster() -> None:
-  """Has the CPU's compiler leave fusions to its older emitters, which takes half as long.
+def _use_older_emitters() -> None:
+  """Has the CPU's compiler read the flag, which it does once, and takes it back.
 
-  The flag is read once, and then taken back: compilers of later releases and of TPUs, which
-  subprocesses and tests start, do not know it and would stop the process.
+  Compilers of TPUs, which subprocesses and tests start, do not know it and would stop the process.
   """
   import jax
 
   flags = os.environ["XLA_FLAGS"]
-  os.environ["XLA_FLAGS"] = flags + " --xla_cpu_use_fusion_emitters=false"
+  os.environ["XLA_FLAGS"] = " ".join([flags, *_OLDER_EMITTERS])
   jax.devices()
   os.environ["XLA_FLAGS"] = flags
 
@@ -83,6 +85,13 @@ def key():
   import jax  # Not before the platform is set above.
 
   return jax.random.key(0)
+
+
+@pytest.fixture(scope="session")
+def cpu_flags() -> Callable[[int], str]:
+  """`XLA_FLAGS` of a process on the CPU alone, by its devices: it compiles as fast as this one."""
+  fast = (*_UNOPTIMISED, *_OLDER_EMITTERS)
+  return lambda devices: " ".join([f"--xla_force_host_platform_device_count={devices}", *fast])
 
 
 @pytest.fixture
