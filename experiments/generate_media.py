@@ -99,7 +99,8 @@ def main(
     for i, ((what, _), length) in enumerate(zip(each, lengths, strict=True))
   ]
   listing = folder / "samples.jsonl"
-  listing.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+  text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+  listing.write_text(text, "utf-8")
   for path in (*paths, listing):
     print(path)
 
@@ -127,11 +128,12 @@ def _stream(
   """Writes sounds block by block; returns their files and the latents of each."""
   paths = [folder / f"{i}.wav" for i in range(len(prompts))]
   lengths, hop = [0] * len(paths), generator.tokenizer.model.config.body.hop
+  size = BLOCK_SIZE.value or _BLOCK_SIZE
+  # Before there are files: what cannot be drawn leaves those that lie there as they are.
+  blocks = media_stream.stream(generator, prompts, settings, key, block_size=size)
   with contextlib.ExitStack() as stack:
     rate = generator.data.summary["sample_rate"]
     files = [stack.enter_context(WavWriter(path, rate)) for path in paths]
-    size = BLOCK_SIZE.value or _BLOCK_SIZE
-    blocks = media_stream.stream(generator, prompts, settings, key, block_size=size)
     for pieces in tqdm.tqdm(blocks, unit="block", leave=False, disable=None):
       for i, (file, piece) in enumerate(zip(files, pieces, strict=True)):
         file.write(piece)

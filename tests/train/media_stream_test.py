@@ -169,6 +169,18 @@ def test_what_cannot_be_drawn_is_said_before(case, tmp_path, flags, message):
   assert not (tmp_path / "bad").exists()
 
 
+def test_what_fails_leaves_the_sounds_before_it(case, tmp_path, monkeypatch):
+  (tmp_path / "0.wav").write_bytes(b"of before")
+
+  def refuse(*args, **options):
+    raise ValueError("no such block")
+
+  monkeypatch.setattr(media_stream, "stream", refuse)
+  with pytest.raises(ValueError, match="no such block"):
+    _write(case, tmp_path, None)
+  assert (tmp_path / "0.wav").read_bytes() == b"of before"
+
+
 def test_a_folder_that_is_a_file(case, tmp_path):
   (tmp_path / "taken").touch()
   with pytest.raises(ValueError, match="taken' is a file; give a folder"):
