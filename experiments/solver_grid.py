@@ -40,7 +40,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from experiments import cells as cells_lib
-from latentlab import app
+from latentlab import app, ops
 from latentlab.data import files
 from latentlab.eval import generation, tables
 from latentlab.layers.latent_heads import SolverSettings
@@ -108,6 +108,15 @@ def make_grid(
       raise ValueError(f"--solvers, --num_steps or --guidance: {e}") from e
     grid[f"{solver}_s{steps}_g{scale:g}"] = settings
   return grid
+
+
+def check_levels(levels: ops.NoiseSchedule, grid: Mapping[str, SolverSettings]) -> None:
+  """Raises a `ValueError` where a cell's steps do not fit the levels of a run."""
+  for name, settings in grid.items():
+    try:
+      settings.table(levels)
+    except ValueError as e:
+      raise ValueError(f"--solvers or --num_steps, cell {name}: {e}") from e
 
 
 def load_runs(workdirs: Sequence[str], options: Options) -> dict[str, Run]:
@@ -200,9 +209,13 @@ def fill(
     `limits` of their tokenizers and the `position_floor` of real latents.
 
   Raises:
-    ValueError: the file is of other options or of other parameters.
+    ValueError: the file is of other options or of other parameters, or a run's levels do not fit
+      the grid; before anything is drawn.
   """
   result = _read(path, runs, options)
+  for run in runs.values():
+    if run.trained.task.levels is not None:
+      check_levels(run.trained.task.levels, grid)
   result |= dict(
     command=command,
     versions=dict(jax=jax.__version__, device=jax.devices()[0].device_kind),

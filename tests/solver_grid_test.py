@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import pathlib
+import types
 
 import numpy as np
 import pytest
 
 from experiments import solver_grid
 from experiments.configs import quickstart_latent
+from latentlab.layers.diffusion_head import Diffusion
 from latentlab.layers.latent_heads import SolverSettings
 from latentlab.sample import loop as sample_loop
 from latentlab.train import loop
@@ -131,6 +133,14 @@ def test_cells_have_the_settings_of_their_names():
   grid = solver_grid.make_grid([1, 20], [1.0, 1.5], ["dpm_2m", "ddim"])
   assert len(grid) == 8
   assert grid["ddim_s20_g1.5"] == SolverSettings(guidance=1.5, solver="ddim", num_steps=20)
+
+
+def test_steps_beyond_the_levels_are_named_before_anything_is_drawn(tmp_path):
+  task = types.SimpleNamespace(levels=Diffusion(num_timesteps=10).levels)
+  run = solver_grid.Run(None, types.SimpleNamespace(task=task), None, {})
+  grid = solver_grid.make_grid([5, 20], [1.0], ["ddim"])
+  with pytest.raises(ValueError, match="--solvers or --num_steps, cell ddim_s20_g1: .*20"):
+    solver_grid.fill({"seed0": run}, grid, OPTIONS, tmp_path / "grid.json")
 
 
 @pytest.mark.parametrize(
