@@ -190,15 +190,18 @@ def prepare(config: mixed.LatentDataConfig) -> LatentStore:
       f"{config.tokenizer_run!r} was trained on {tuple(c.media_shape)}; make them alike; "
       "lengths of sounds may differ, where they make whole latents."
     )
-  key = latent_store.digest(_contents(found), _fingerprint(tokenizer))
+  fingerprint = _fingerprint(tokenizer)
+  key = latent_store.digest(_contents(found), fingerprint)
   path = prepare_text.cache_dir(config.cache_dir) / "latents" / key
   if path.exists():
     logger.info("Latents: %s.", path)
-    return latent_store.read(path)
+    store = latent_store.read(path)
+    return dataclasses.replace(store, meta=dict(store.meta) | {"latent_tokenizer": fingerprint})
   corpus, split = found.summary["corpus"], found.splits["train"]
   logger.info("Encoding %s by %s into %s.", corpus, config.tokenizer_run, path)
   meta = dict(
     key=key,
+    latent_tokenizer=fingerprint,
     modality=config.modality,
     dim=c.dim,
     noise=dataclasses.asdict(c.noise),

@@ -78,12 +78,18 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dic
     DivergedError: the loss stayed non-finite.
     Preempted: SIGTERM arrived, on this host or another.
   """
+  return _train(config, workdir).latest
+
+
+def _train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> "_Run":
+  """The run of `train`, at its end."""
   _check(config)
   workdir = pathlib.Path(workdir).absolute()
   asked, config = config, latents.resolved(config, workdir)
   if latents.needs_tokenizer(asked, workdir):
     logger.info("First the tokenizer, in %s.", config.data.tokenizer_run)
-    train(config.tokenizer, config.data.tokenizer_run)
+    if _train(config.tokenizer, config.data.tokenizer_run).preempted:
+      raise Preempted(0)  # In the tokenizer's last step: it is done, and this run has not begun.
   data = _build_data(config)
   _check_hosts_agree(data)
   task = build_task(config, data.tokenizer.vocab_size, data.summary)
@@ -116,7 +122,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dic
     pictures = plots.write_plots(workdir)
     _print_summary(run.latest, config, workdir, pictures)
   task.show_sample(state.params if state.ema is None else state.ema, data, workdir)
-  return run.latest
+  return run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,6 +279,7 @@ class _Run:
       devices=list(trainer.mesh.devices.flat),
     )
     self.latest: dict[str, float] = {}
+    self.preempted = False
 
   def loop(self, start: int, state: TrainState, iterator: Any) -> TrainState:
     """Steps from `start` to `config.train_steps`."""
@@ -291,7 +298,7 @@ class _Run:
           jax.block_until_ready(step_metrics)
           line["perf/compile_sec"] = time.perf_counter() - begin
           self._throughput.restart()
-        preempted = self._preemption.reached(step)
+        preempted = self.preempted = self._preemption.reached(step)
         if step == first or step % c.log_steps == 0 or step == last or preempted:
           line |= self._train_metrics(state, step_metrics)
           _show(bar, step, last, line)
@@ -447,6 +454,18 @@ def _check_tokenizer(workdir: pathlib.Path, data: data_lib.Data) -> None:
     )
 
 
+def _check_latents(workdir: pathlib.Path, data: data_lib.Data) -> None:
+  """Raises if the run of `workdir` was trained on latents of another tokenizer."""
+  was = (saved(workdir / CORPUS) or {}).get("latent_tokenizer")
+  now = data.summary.get("latent_tokenizer")
+  if was and now and was != now:
+    raise ValueError(
+      f"The run of {str(workdir)!r} was trained on latents of the tokenizer {was}, and that of "
+      f"data.tokenizer_run={data.config.tokenizer_run!r} is {now}: the parameters know other "
+      "latents. Give the tokenizer that they were trained on, or start in another workdir."
+    )
+
+
 def _check_batches(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   """Raises if the run of `workdir` counted batches of another kind."""
   before = saved(workdir / CONFIG)
@@ -475,6 +494,7 @@ def _start(
   source = str(workdir) if checkpointer.steps() else config.resume
   if source:
     _check_batches(config, pathlib.Path(source))
+    _check_latents(pathlib.Path(source), data)
   if source or config.init_from:
     _check_tokenizer(pathlib.Path(source or config.init_from), data)
   if checkpointer.steps():

@@ -1,5 +1,7 @@
 """What latents are kept under: everything that they, their classes and their texts depend on."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -81,6 +83,40 @@ def test_a_tokenizers_own_media_are_encoded_for_models(tmp_path):
   c.data.update(media=media, tokenizer_run=run, condition="none", cache_dir=str(tmp_path / "cache"))
   latents.load_tokenizer(run).__dict__["posterior"] = None  # Nothing is encoded again.
   assert latents.prepare(mixed.LatentDataConfig.of(c.data.to_dict())).path == store.path
+
+
+def test_a_run_goes_on_with_its_latents_tokenizer_alone(prepared, tokenizer, tmp_path, monkeypatch):
+  made, again = prepared(), prepared()
+  assert made.meta["latent_tokenizer"] == again.meta["latent_tokenizer"]
+  (tmp_path / "run").mkdir()
+  (tmp_path / "run" / loop.CORPUS).write_text(json.dumps(dict(made.meta)))
+  params = jax.tree.map(lambda x: x + 1, tokenizer.params)
+  other = latents.TrainedTokenizer(tokenizer.model, params, batch_size=8)
+  monkeypatch.setattr(latents, "load_tokenizer", lambda run: other)
+  config = common.latentlm(None)
+  config.data.update(tokenizer_run="other", cache_dir=str(tmp_path))
+  config.data.media.update(source="arrays", path=str(tmp_path / "media.npz"), size=4)
+  config.data.media.validation_fraction, config.resume = 0.2, str(tmp_path / "run")
+  now = prepared().meta["latent_tokenizer"]
+  digests = rf"{made.meta['latent_tokenizer']}, .*='other' is {now}: the parameters know other lat"
+  with pytest.raises(ValueError, match=digests):
+    loop.train(config, tmp_path / "next")
+
+
+def test_a_stop_in_a_tokenizers_last_step_stops_the_run(tmp_path, monkeypatch):
+  config = common.latentlm(common.latent_tokenizer("vit_tokenizer", **_SIZES, dim=2))
+  path = tmp_path / "media.npz"
+  np.savez(path, media=np.zeros((8, 4, 4), np.uint8))
+  config.tokenizer.update(train_steps=1, batch_size=8, data=common.media("arrays", path=str(path)))
+  config.tokenizer.sample.num_samples = config.tokenizer.optimizer.warmup_steps = 0
+  monkeypatch.setattr(loop._Preemption, "reached", lambda self, step: True)
+  trained = lambda self, state, batch: (state, {"loss": 1.0})  # Compiles nothing.
+  monkeypatch.setattr(loop.partition.JitTrainer, "step", trained)
+  with pytest.raises(loop.Preempted) as e:
+    loop.train(config, tmp_path / "run")
+  assert e.value.step == 0
+  assert [p.name for p in (tmp_path / "run").iterdir()] == [latents.TOKENIZER]
+  assert not latents.needs_tokenizer(config, tmp_path / "run")
 
 
 def test_latents_are_found_again(prepared):
