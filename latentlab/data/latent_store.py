@@ -81,8 +81,8 @@ class LatentStore:
   Attributes:
     path: The folder.
     meta: `modality`, `dim`, `noise` (kind and std), `codebook_size`, `num_classes`, `class_names`,
-      `mean` and `std` of all training latents with their noise, and `key`, the digest of what they
-      were made from.
+      `mean` and `std` of all training latents with their noise, `key`, the digest of what they were
+      made from, and `latent_tokenizer`, that of the tokenizer alone.
   """
 
   path: pathlib.Path
