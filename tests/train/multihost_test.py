@@ -30,10 +30,10 @@ def get_config():
 """
 
 
-def _start(folder, workdir, num_devices, *flags):
+def _start(folder, workdir, xla_flags, *flags):
   env = {
     **os.environ,
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
+    "XLA_FLAGS": xla_flags,
     "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
   }
   command = [
@@ -49,7 +49,7 @@ def _start(folder, workdir, num_devices, *flags):
   )
 
 
-def _start_pair(folder, workdir):
+def _start_pair(folder, workdir, xla_flags):
   with socket.socket() as s:
     s.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{s.getsockname()[1]}"
@@ -57,7 +57,7 @@ def _start_pair(folder, workdir):
     _start(
       folder,
       workdir,
-      2,
+      xla_flags,
       f"--coordinator_address={address}",
       "--num_processes=2",
       f"--process_id={i}",
@@ -80,16 +80,16 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def single(folder):
-  _finish([_start(folder, "single", 4)])
+def single(folder, cpu_flags):
+  _finish([_start(folder, "single", cpu_flags(4))])
   return folder / "single"
 
 
 @pytest.fixture(scope="module")
-def double(folder):
+def double(folder, cpu_flags):
   """Stopped in the middle by a SIGTERM to the second process alone, then finished."""
   workdir = folder / "double"
-  processes = _start_pair(folder, "double")
+  processes = _start_pair(folder, "double", cpu_flags(2))
   while not (workdir / "checkpoints" / "5").exists():
     assert all(p.poll() is None for p in processes), _finish(processes)
     time.sleep(0.01)
@@ -98,7 +98,7 @@ def double(folder):
   assert "Process 0 of 2: 4 devices" in first and "Told to stop" in first
   stopped_at = metrics.read_metrics(workdir / "metrics.jsonl")[-1]["step"]
   assert 5 <= stopped_at < STEPS
-  first, second = _finish(_start_pair(folder, "double"))
+  first, second = _finish(_start_pair(folder, "double", cpu_flags(2)))
   assert f"resumed {workdir} at step {stopped_at}." in first
   assert "Trained 60 steps" in first and "Trained 60 steps" not in second  # One of them reports.
   return workdir
