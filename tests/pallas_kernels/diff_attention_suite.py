@@ -260,10 +260,11 @@ class DiffAttentionSuite:
   def test_diff_03_rows_sum_to_one_minus_lambda(self):
     case = self.case(self.block + 3)
     q, k, v, lam = case.args()
-    out = jax.jit(self.op(case))(q, k, jnp.ones_like(v), lam)
+    run = jax.jit(self.op(case))
+    out = run(q, k, jnp.ones_like(v), lam)
     tolerance = self.tolerance[case.dtype]
     assert relative_error(out, jnp.broadcast_to((1 - lam)[:, None], out.shape)) <= tolerance
-    out = jax.jit(self.op(case))(q, k, v, lam)
+    out = run(q, k, v, lam)
     assert relative_error(out[:, 0], (1 - lam)[:, None] * v[:, 0]) <= tolerance
 
   def test_diff_03_gradient_of_lambda_is_the_second_maps_row_terms(self):
@@ -297,8 +298,9 @@ class DiffAttentionSuite:
   def test_lengths_end_with_the_keys(self):
     """Beyond all keys is as many as there are."""
     case = self.case(self.block + 9)
-    run = lambda end: jax.jit(self.op(case, lengths=jnp.array([end]), causal=False))(*case.args())
-    np.testing.assert_array_equal(run(case.keys + self.block), run(case.keys))
+    run = jax.jit(lambda lengths: self.op(case, lengths=lengths, causal=False)(*case.args()))
+    ends = jnp.array([[case.keys + self.block], [case.keys]])
+    np.testing.assert_array_equal(*map(run, ends))
 
   def test_diff_04_documents_are_isolated(self):
     """Each document is as if alone, bit for bit, whatever the others hold."""
@@ -323,7 +325,8 @@ class DiffAttentionSuite:
 
   def test_repeats_bit_for_bit(self):
     case = self.case(self.block + 3, lam="token")
-    first, second = (outputs_and_gradients(self.op(case), case.args()) for _ in range(2))
+    run = jax.jit(functools.partial(outputs_and_gradients, self.op(case)))
+    first, second = (run(case.args()) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
   def test_vmap_and_remat_change_nothing(self):
@@ -365,11 +368,11 @@ class DiffAttentionSuite:
     q, k, v, lam, gain = case.args()
     keywords = {n: x for n, x in case.keywords(self.block).items() if n != "return_lse"}
     want = reference(case, self.block)[0][0]
+    decode = self.decode(**keywords)
     for at in (1, self.block, self.block + 1, length):
       # What the cache holds behind the last token is nobody's.
       cache = [x.at[:, at:].set(jnp.nan) for x in (k, v)]
       row = lam[:, at - 1] if lam.ndim == 3 else lam
-      decode = self.decode(**keywords)
       out = decode(q[:, at - 1], *cache, row, lengths=jnp.array([at]), gain=gain)
       assert relative_error(out, want[:, at - 1]) <= self.tolerance[case.dtype]
 
