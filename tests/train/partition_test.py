@@ -1,6 +1,7 @@
 """One training run under every layout: equal parameters, and the communication each should have."""
 
 import ast
+import dataclasses
 import functools
 import itertools
 import math
@@ -16,6 +17,7 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
 from latentlab.train import partition
+from latentlab.train.state import TrainState
 from latentlab.train.task import Group, LanguageModelTask
 from latentlab.train.tasks import build_task
 
@@ -99,23 +101,49 @@ class _Task(LanguageModelTask):
     return (Group("model", self.loss, _sgd_or_adam(), constant),)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Run:
+  """A trained run.
+
+  Attributes:
+    first: Its initial parameters.
+    results: By optimiser, the trained ones and the last loss.
+    trainer: Its trainer.
+    state: Its last state, on the devices.
+  """
+
+  first: dict
+  results: dict
+  trainer: partition.Trainer
+  state: TrainState
+
+  @functools.cached_property
+  def program(self):
+    """The step as compiled, which a `jit` that was called holds already."""
+    return _compiled_step(self.trainer, self.state)
+
+
+def _compiled_step(trainer, state):
+  return trainer.lower(state, trainer.place(_batch(0))).compile().as_text()
+
+
 @functools.cache
-def _run(model, layout, steps=20, accumulate_steps=1):
-  """Returns initial parameters, and by optimiser the trained ones and the last loss."""
+def _run(model, layout, accumulate_steps=1, optimizers=("sgd", "adam")):
+  """Trains for twenty steps with each optimiser."""
   config = _config(model, layout, **{"optimizer.accumulate_steps": accumulate_steps})
   trainer = _trainer(config, _Task(build_task(config, VOCAB).model, config))
   results = {}
-  for optimizer in ("sgd", "adam"):
+  for optimizer in optimizers:
     state = trainer.init(jax.random.key(0))
     first = _copy(state.params)
     flag, moments = state.opt_states["model"]
     flag = jax.device_put(np.array(optimizer == "adam"), flag.sharding)
     state = state.replace(opt_states={"model": (flag, moments)})
-    for i in range(steps):
+    for i in range(20):
       state, metrics = trainer.step(state, trainer.place(_batch(i)))
     results[optimizer] = _copy(state.params), float(metrics["loss"])
   assert trainer.num_compilations() == 1
-  return first, results
+  return _Run(first, results, trainer, state)
 
 
 def _difference(got, want):
@@ -135,30 +163,27 @@ def _difference(got, want):
   ],
 )
 def test_every_layout_trains_to_equal_parameters(model, layout):
-  want_first, want = _run(model, "one device")
-  first, got = _run(model, layout)
-  jax.tree.map(np.testing.assert_array_equal, first, want_first)
+  want, got = _run(model, "one device"), _run(model, layout)
+  jax.tree.map(np.testing.assert_array_equal, got.first, want.first)
   for optimizer, tolerance in (("sgd", 1e-5), ("adam", 1e-4)):
-    (params, loss), (want_params, want_loss) = got[optimizer], want[optimizer]
+    (params, loss), (want_params, want_loss) = got.results[optimizer], want.results[optimizer]
     assert _difference(params, want_params) < tolerance, optimizer
-    assert _difference(params, first) > 100 * tolerance, optimizer  # It learned something.
+    assert _difference(params, got.first) > 100 * tolerance, optimizer  # It learned something.
     np.testing.assert_allclose(loss, want_loss, rtol=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["fsdp", "pmap"])
 def test_accumulation_equals_the_whole_batch_on_a_mesh(layout):
-  _, want = _run("transformer", "one device")
-  _, got = _run("transformer", layout, accumulate_steps=2)
-  assert _difference(got["sgd"][0], want["sgd"][0]) < 1e-5
+  want = _run("transformer", "one device")
+  got = _run("transformer", layout, accumulate_steps=2, optimizers=("sgd",))
+  assert _difference(got.results["sgd"][0], want.results["sgd"][0]) < 1e-5
 
 
-def _collectives(trainer, shapes=r".*?"):
-  """Counts the collectives of the compiled step, those of arrays of some shapes."""
-  state, batch = trainer.init(jax.random.key(0)), trainer.place(_batch(0))
-  text = trainer.lower(state, batch).compile().as_text()
+def _collectives(program, shapes=r".*?"):
+  """Counts the collectives of a compiled step, those of arrays of some shapes."""
   kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-  names = re.findall(rf"= {shapes} ({kinds})(?:-start)?\(", text)
+  names = re.findall(rf"= {shapes} ({kinds})(?:-start)?\(", program)
   return {name: names.count(name) for name in set(names)}
 
 
@@ -168,40 +193,47 @@ def _share_on_one_device(params):
   return sum(x.addressable_shards[0].data.nbytes for x in leaves) / sum(x.nbytes for x in leaves)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["data", "pmap"])
 def test_data_parallelism_only_reduces(layout):
-  trainer = _trainer(_config("retnet", layout))
-  assert _collectives(trainer).keys() == {"all-reduce"}
-  assert _share_on_one_device(trainer.init(jax.random.key(0)).params) == 1
+  run = _run("retnet", layout)
+  assert _collectives(run.program).keys() == {"all-reduce"}
+  assert _share_on_one_device(run.state.params) == 1
 
 
+@pytest.mark.slow
 def test_fsdp_gathers_parameters_that_lie_in_shards():
-  trainer = _trainer(_config(optimizer="adam", mesh={"fsdp": 8}))
-  found = _collectives(trainer)
+  run = _run("transformer", "fsdp")
+  found = _collectives(run.program)
   assert found["all-gather"] > 0
   assert found.keys() & {"reduce-scatter", "all-reduce"}
-  state = trainer.init(jax.random.key(0))
-  assert _share_on_one_device(state.params) < 1.01 / 8
-  assert _share_on_one_device(state.opt_states) < 1.05 / 8  # Adam's count is on every device.
+  assert _share_on_one_device(run.state.params) < 1.01 / 4
+  # Adam's count is on every device.
+  assert _share_on_one_device(run.state.opt_states) < 1.05 / 4
 
 
+@pytest.mark.slow
 def test_tensor_parallelism_reduces_activations():
   trainer = _trainer(_config(mesh={"tensor": 2, "data": 4}))
-  assert _collectives(trainer)["all-reduce"] > _collectives(_trainer(_config()))["all-reduce"]
-  assert _share_on_one_device(trainer.init(jax.random.key(0)).params) < 0.55
+  found = _collectives(_compiled_step(trainer, trainer.abstract_state))
+  plain = _collectives(_run("transformer", "data").program)
+  assert found["all-reduce"] > plain["all-reduce"]
+  assert _share_on_one_device(_run("transformer", "tensor").state.params) < 0.55 / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "model, collective", [("transformer", "all-gather"), ("retnet", "collective-permute")]
 )
 def test_a_sharded_sequence_gathers_keys_or_passes_states(model, collective):
-  assert _collectives(_trainer(_config(model, "seq"))).get(collective, 0) > 0
+  assert _collectives(_run(model, "seq").program).get(collective, 0) > 0
 
 
 def test_yoco_09_a_sharded_sequence_gathers_the_shared_keys_once():
   """Of arrays `B S K H`; the self-decoder's scanned layers pass theirs on, there and back."""
   trainer = _trainer(_config("yoco", "seq", **{"model.num_layers": 6}))
-  found = _collectives(trainer, shapes=r"\(?f32\[\d+,\d+,\d+,\d+\].*?")
+  program = _compiled_step(trainer, trainer.abstract_state)
+  found = _collectives(program, shapes=r"\(?f32\[\d+,\d+,\d+,\d+\].*?")
   assert found == {"all-gather": 1, "reduce-scatter": 1, "collective-permute": 2}
 
 
@@ -253,11 +285,11 @@ def test_optimizer_and_average_lie_like_their_parameters():
   assert {axis for spec in flat.values() for axis in spec} >= {"fsdp", "tensor"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["mixed", "pmap"])
 def test_an_evaluation_compiles_for_the_layout(layout):
-  config = _config("transformer", layout)
-  trainer, task = _trainer(config), build_task(config, VOCAB)
-  params = trainer.init(jax.random.key(0)).params
+  task = build_task(_config("transformer", layout), VOCAB)
+  trainer, params = _run("transformer", layout).trainer, _run("transformer", layout).state.params
   rows = trainer.compile(lambda params, batch: task.loss(params, batch, jax.random.key(0)))
   terms = rows(params, _batch(0))
   want = jax.jit(task.loss)(_copy(params), _batch(0), jax.random.key(0))
