@@ -9,15 +9,19 @@ r"""Makes a workdir of a model that another library trained, for `evaluate` and 
 
   python -m experiments.import_weights --from=latentlm --input=latentlm.safetensors \
       --workdir=runs/imported --like=runs/digits
+  python -m experiments.import_weights --from=latentlm_tokenizer --input=tokenizer.pt \
+      --workdir=runs/imported --like=runs/imagenet
 
 `--set` gives a field of `config.model` that the weights do not tell, over what the library's own
 configuration file beside them does (`config.json` of DiffLlama, `params.json` of YOCO). Training
-goes on from the workdir with `--config.init_from`. A model over latents takes all that weights do
-not tell from another run, `--like`: its sizes, its data, the latents' tokenizer and their moments.
+goes on from the workdir with `--config.init_from`. A tokenizer into latents, or a model over
+them, takes all that weights do not tell from another run, `--like`: its sizes, its data, the
+latents' tokenizer and their moments; and of a tokenizer's run the adversary, which weights lack.
 """
 
 import logging
 import pathlib
+import typing
 from typing import Any
 
 from absl import flags
@@ -26,7 +30,6 @@ from experiments.configs import common
 from latentlab import app, interop
 from latentlab import data as data_lib
 from latentlab.models import registry
-from latentlab.models.latentlm import LatentLMConfig
 from latentlab.train import loop
 
 _FROM = flags.DEFINE_enum(
@@ -44,7 +47,10 @@ _SEQ_LENGTH = flags.DEFINE_integer(
 )
 _SET = flags.DEFINE_multi_string("set", [], "<field>=<value> of config.model; may be repeated.")
 _LIKE = flags.DEFINE_string(
-  "like", None, "A run over the same latents, for models over latents; its weights are not used."
+  "like",
+  None,
+  "A run of the same model on media, for tokenizers into latents and models over them; its weights "
+  "are not used.",
 )
 _FLAGS = (_FROM, _INPUT, _TOKENIZER, _SEQ_LENGTH, _SET, _LIKE)
 
@@ -60,7 +66,9 @@ def main() -> None:
     _import_over_latents(workdir)
     return
   if _LIKE.value:
-    raise ValueError(f"--like={_LIKE.value!r} is for models over latents; leave it out.")
+    raise ValueError(
+      f"--like={_LIKE.value!r} is for --from={sorted(interop.LATENT_IMPORTERS)}; leave it out."
+    )
   tokenizer = data_lib.load_tokenizer(_TOKENIZER.value)
   importer = interop.IMPORTERS[_FROM.value]
   try:
@@ -86,22 +94,22 @@ def main() -> None:
 
 def _import_over_latents(workdir: str) -> None:
   if not _LIKE.value:
-    raise ValueError(f"--from={_FROM.value} needs --like, a run over the latents that it draws.")
+    raise ValueError(f"--from={_FROM.value} needs --like, a run of the same model.")
   if _SET.value:
     raise ValueError(f"--set={_SET.value}: --like={_LIKE.value!r} tells all of a model's fields.")
-  like = loop.load(_LIKE.value)
-  config, kind = like.task.model.config, LatentLMConfig
+  like, importer = loop.load(_LIKE.value), interop.LATENT_IMPORTERS[_FROM.value]
+  config, kind = like.task.model.config, typing.get_type_hints(importer)["config"]
   if not isinstance(config, kind):
     raise ValueError(
       f"--like={_LIKE.value!r} is a {type(config).__name__}, and --from={_FROM.value} is of a "
       f"{kind.__name__}."
     )
   try:
-    params = interop.LATENT_IMPORTERS[_FROM.value](interop.read(_INPUT.value), config)
+    params = importer(interop.read(_INPUT.value), config)
   except ValueError as e:
     raise ValueError(f"--input={_INPUT.value!r} with --like={_LIKE.value!r}: {e}") from e
-  loop.save(workdir, like.config, like.tokenizer, params, like.summary)
-  logger.info("A model over the latents of %s, in %s.", _LIKE.value, workdir)
+  loop.save(workdir, like.config, like.tokenizer, like.params | params, like.summary)
+  logger.info("A model as that of %s, in %s.", _LIKE.value, workdir)
 
 
 def _told(path: str) -> dict[str, Any]:

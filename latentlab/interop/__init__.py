@@ -2,11 +2,18 @@
 
 An importer is `(state, fields) -> Imported`: what a file holds, and fields of `config.model` that
 it does not tell, some of which the library's own configuration file may (`CONFIG_FILES`). The next
-library is a line of each table. Importers of models over latents are `(state, config) -> params`:
-such weights take the place of those of a run that has the latents.
+library is a line of each table. Importers of tokenizers into latents, and of models over them, are
+`(state, config) -> params`: such weights take the place of those of a run that has the media.
 """
 
-from latentlab.interop import diff_transformer, diffllama, latentlm, torchscale, yoco
+from latentlab.interop import (
+  diff_transformer,
+  diffllama,
+  latentlm,
+  latentlm_tokenizer,
+  torchscale,
+  yoco,
+)
 from latentlab.interop.files import read, read_json, write
 from latentlab.interop.states import load_state, save_state
 from latentlab.interop.weights import (
@@ -26,10 +33,12 @@ IMPORTERS = {
 }
 LATENT_IMPORTERS = {
   "latentlm": latentlm.import_like,
+  "latentlm_tokenizer": latentlm_tokenizer.import_like,
 }
 EXPORTERS = {
   "diffllama": diffllama.export_model,
   "latentlm": latentlm.export_model,
+  "latentlm_tokenizer": latentlm_tokenizer.export_model,
   "torchscale": torchscale.export_model,
   "yoco": yoco.export_model,
 }
@@ -52,6 +61,7 @@ __all__ = [
   "export_weights",
   "import_weights",
   "latentlm",
+  "latentlm_tokenizer",
   "load_state",
   "parameter_shapes",
   "read",

@@ -17,6 +17,7 @@ from flax import struct
 from latentlab import ops
 from latentlab.layers.convolution import ConvState, init_states
 from latentlab.models import registry
+from latentlab.models.beit_body import beit_body
 from latentlab.models.tokenizer_bodies import Body, SpeechBody, conv_body, speech_body, vit_body
 from latentlab.ops.latents import Noise
 from latentlab.typing import Array, Bool, Float, Int, Key
@@ -321,8 +322,10 @@ def _bottleneck(
 
 
 PRESETS = {
+  # The release's `sigma_vae`, of 256 x 256 pixels.
+  "beit_tokenizer": {"imagenet": dict(image_size=256)},
   "vit_tokenizer": {
-    # 172M parameters: the release's, of 256 x 256 pixels (strides, widths: its `sigma_vae`).
+    # 172M parameters: its strides and widths, without biases and class tokens.
     "imagenet": dict(image_size=256, patch_size=16, num_layers=12, embed_dim=768, num_heads=12),
   },
   "conv_tokenizer": {},
@@ -350,7 +353,12 @@ PRESETS = {
     ),
   },
 }
-BODIES = {"vit_tokenizer": vit_body, "conv_tokenizer": conv_body, "speech_tokenizer": speech_body}
+BODIES = {
+  "beit_tokenizer": beit_body,
+  "conv_tokenizer": conv_body,
+  "speech_tokenizer": speech_body,
+  "vit_tokenizer": vit_body,
+}
 
 
 def fields(name: str) -> dict[str, tuple[type, Any]]:

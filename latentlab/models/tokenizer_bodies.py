@@ -51,31 +51,68 @@ class Body(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class Patches:
+  """An image in square patches, in raster order.
+
+  Attributes:
+    media_shape: Height, width, channels of the image.
+    size: Height and width of a patch.
+  """
+
+  media_shape: tuple[int, int, int]
+  size: int
+
+  def __post_init__(self):
+    height, width, _ = self.media_shape
+    if self.size < 1 or height % self.size or width % self.size:
+      raise ValueError(f"patch_size={self.size} must divide image_size={height, width}")
+
+  @property
+  def grid(self) -> tuple[int, int]:
+    """Rows and columns."""
+    return tuple(size // self.size for size in self.media_shape[:2])
+
+  @property
+  def count(self) -> int:
+    return math.prod(self.grid)
+
+  @property
+  def features(self) -> int:
+    """Numbers of a patch."""
+    return self.size**2 * self.media_shape[2]
+
+  def split(self, media: Float[Array, "B height width C"]) -> Float[Array, "B N D"]:
+    """Patches, each flat as (row, column, channel)."""
+    (rows, columns), p = self.grid, self.size
+    x = media.reshape(media.shape[0], rows, p, columns, p, -1).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(media.shape[0], self.count, self.features)
+
+  def join(self, x: Float[Array, "B N D"]) -> Float[Array, "B height width C"]:
+    """The inverse of `split`."""
+    (rows, columns), p = self.grid, self.size
+    x = x.reshape(x.shape[0], rows, columns, p, p, -1).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(x.shape[0], *self.media_shape)
+
+
+@dataclasses.dataclass(frozen=True)
 class VitBody:
   """Patches through a transformer that sees all of them, and the same on the grid of latents.
 
   Attributes:
-    media_shape: Height, width, channels.
-    patch_size: Height and width of a patch.
+    patches: Of an image.
     transformers: The encoder's and the decoder's.
   """
 
-  media_shape: tuple[int, int, int]
-  patch_size: int
+  patches: Patches
   transformers: tuple[DecoderConfig, DecoderConfig]
 
-  def __post_init__(self):
-    height, width, _ = self.media_shape
-    if self.patch_size < 1 or height % self.patch_size or width % self.patch_size:
-      raise ValueError(f"patch_size={self.patch_size} must divide image_size={height, width}")
-
   @property
-  def grid(self) -> tuple[int, int]:
-    return tuple(size // self.patch_size for size in self.media_shape[:2])
+  def media_shape(self) -> tuple[int, int, int]:
+    return self.patches.media_shape
 
   @property
   def num_latents(self) -> int:
-    return math.prod(self.grid)
+    return self.patches.count
 
   def encoder(self, features: int) -> nn.Module:
     return PatchEncoder(self, features)
@@ -85,7 +122,7 @@ class VitBody:
     return PatchDecoder(self)
 
   def flops(self, dim: int) -> float:
-    count, pixels = self.num_latents, self.patch_size**2 * self.media_shape[2]
+    count, pixels = self.num_latents, self.patches.features
     encoder, decoder = (t.flops_per_token(count) for t in self.transformers)
     wide, width = (t.embed_dim for t in self.transformers)
     outside = wide * (pixels + dim) + width * (dim + width + pixels)
@@ -139,9 +176,8 @@ def vit_body(
     options = dict(final_norm=norm, init=init, remat=remat, dtype=dtype)
     return DecoderConfig(embed_dim, (Stage((block,), layers),), **options)
 
-  shape = (image_size, image_size, channels)
-  pair = transformer(num_layers), transformer(decoder_layers or num_layers)
-  return VitBody(shape, patch_size, pair)
+  patches = Patches((image_size, image_size, channels), patch_size)
+  return VitBody(patches, (transformer(num_layers), transformer(decoder_layers or num_layers)))
 
 
 class PatchEncoder(nn.Module):
@@ -158,10 +194,7 @@ class PatchEncoder(nn.Module):
   @nn.compact
   def __call__(self, media: Float[Array, "B height width C"]) -> Float[Array, "B N D"]:
     c = self.body.transformers[0]
-    p, (rows, columns) = self.body.patch_size, self.body.grid
-    x = media.reshape(media.shape[0], rows, p, columns, p, -1).transpose(0, 1, 3, 2, 4, 5)
-    x = x.reshape(media.shape[0], rows * columns, -1)
-    x = _dense(c, c.embed_dim, (None, "embed"), "patch_embed")(x)
+    x = _dense(c, c.embed_dim, (None, "embed"), "patch_embed")(self.body.patches.split(media))
     x = x + _places(self, c, self.body.num_latents)
     x, _ = Decoder(c, name="transformer")(x)
     return _dense(c, self.features, ("embed", None), "head")(x).astype(jnp.float32)
@@ -179,14 +212,12 @@ class PatchDecoder(nn.Module):
   @nn.compact
   def __call__(self, latents: Float[Array, "B N Z"]) -> Float[Array, "B height width C"]:
     c = self.body.transformers[1]
-    p, (rows, columns) = self.body.patch_size, self.body.grid
     x = _dense(c, c.embed_dim, (None, "embed"), "latent_embed")(latents)
     x = x + _places(self, c, self.body.num_latents)
     x, _ = Decoder(c, name="transformer")(x)
     x = nn.tanh(_dense(c, c.embed_dim, ("embed", "mlp"), "head_in")(x))
-    x = _dense(c, p * p * self.body.media_shape[2], ("mlp", None), "head_out")(x)
-    x = x.astype(jnp.float32).reshape(x.shape[0], rows, columns, p, p, -1)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(x.shape[0], *self.body.media_shape)
+    x = _dense(c, self.body.patches.features, ("mlp", None), "head_out")(x)
+    return self.body.patches.join(x.astype(jnp.float32))
 
 
 def _dense(c: DecoderConfig, features: int, axes: tuple[str | None, ...], name: str) -> nn.Module:

@@ -21,6 +21,7 @@ _VIT = dict(
   num_heads=2,
   dim=3,
 )
+_BEIT = _VIT | dict(name="beit_tokenizer")
 _CONV = dict(
   name="conv_tokenizer",
   image_size=8,
@@ -55,7 +56,7 @@ def _cached(fields):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fields", [_VIT, _CONV, _SPEECH], ids=lambda f: f["name"])
+@pytest.mark.parametrize("fields", [_VIT, _BEIT, _CONV, _SPEECH], ids=lambda f: f["name"])
 def test_bodies(fields, key):
   model, variables, media = _made(fields)
   c = model.config
@@ -74,7 +75,7 @@ def test_bodies(fields, key):
   assert sizes["total"] == sum(x.size for x in jax.tree.leaves(variables))
 
 
-@pytest.mark.parametrize("fields", [_VIT, _CONV], ids=lambda f: f["name"])
+@pytest.mark.parametrize("fields", [_VIT, _BEIT, _CONV], ids=lambda f: f["name"])
 def test_latents_are_in_raster_order(fields):
   """What moves in the upper right corner, moves latents there the most, and the other way round."""
   model, variables, media = _made(fields)

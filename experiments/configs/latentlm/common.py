@@ -178,16 +178,18 @@ def smoke(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   return c
 
 
+_SMOKE_VIT = dict(
+  image_size=8,
+  channels=1,
+  patch_size=2,
+  num_layers=1,
+  decoder_layers=1,
+  embed_dim=32,
+  num_heads=2,
+)
 _SMOKE = {
-  "vit_tokenizer": dict(
-    image_size=8,
-    channels=1,
-    patch_size=2,
-    num_layers=1,
-    decoder_layers=1,
-    embed_dim=32,
-    num_heads=2,
-  ),
+  "beit_tokenizer": _SMOKE_VIT,
+  "vit_tokenizer": _SMOKE_VIT,
   "conv_tokenizer": dict(
     image_size=8, channels=1, width=8, multipliers=(1, 2), strides=(2,), depth=1
   ),

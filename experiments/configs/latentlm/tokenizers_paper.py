@@ -60,6 +60,12 @@ ROWS = {
     name="vit_tokenizer",
     preset="imagenet",
   ),
+  "imagenet_beit": dict(
+    about="the same as the release has it, a BEiT-3 and a ViT with biases; its weights fit",
+    expected=UNKNOWN,
+    name="beit_tokenizer",
+    preset="imagenet",
+  ),
   "imagenet_conv": dict(
     about="a convolutional plain VAE of stride 16, 16 channels",
     expected=UNKNOWN,
