@@ -49,11 +49,9 @@ _EVERY = list(
     for argument in _arguments(file)
   }.values()
 )
+_initialised = set()  # Models whose parameters this process has traced.
 _traced = set()  # Kinds of models whose losses this process has traced.
 _each = pytest.mark.parametrize("file, argument", _EVERY, ids=[f"{f}:{a}" for f, a in _EVERY])
-_each_run = pytest.mark.parametrize(
-  "file", {_module(file).get_config: file for file in _FILES}.values(), ids=str
-)
 
 
 def _config(file, argument="", *more):
@@ -130,8 +128,12 @@ def _batch(config, task):
 def test_builds(file, argument):
   config = _config(file, argument)
   task = _task(config)
-  params = jax.eval_shape(task.init, jax.random.key(0))
   assert optim.make_schedule(config.optimizer, config.train_steps)(0) > 0
+  made_of = str([config.task, config.model, config.get("latents")])
+  if made_of in _initialised:
+    return
+  _initialised.add(made_of)
+  params = jax.eval_shape(task.init, jax.random.key(0))
   # Rows that differ in sizes alone have one program; names and switches say what they are made of.
   made_of = {k: x for k, x in config.model.items() if isinstance(x, str | bool) or x is None}
   kind = (str(config.task.type), *sorted((k, str(x)) for k, x in made_of.items() if k != "preset"))
@@ -161,14 +163,50 @@ def test_seed_and_smoke_are_arguments(file, argument):
     _config(file, argument, "smok")
 
 
-def _one_of_each_kind(evals):
-  """Evaluations without those that differ from one before them in numbers alone."""
-  kinds = {}
-  for name, fields in evals.to_dict().items():
-    flat = {f: x for f, x in fields.items() if f != "model"} | fields.get("model", {})
-    kind = tuple(sorted((f, x if isinstance(x, str) else None) for f, x in flat.items()))
-    kinds.setdefault(kind, (name, fields))
-  return dict(kinds.values())
+def _flat(fields, prefix=""):
+  """`{"model.mask": "causal", ...}` of nested fields."""
+  return {
+    name: x
+    for field, value in fields.items()
+    for name, x in (
+      _flat(value, f"{prefix}{field}.") if isinstance(value, dict) else {prefix + field: value}
+    ).items()
+  }
+
+
+def _one_of_each_kind(configs):
+  """Their evaluations, without those that differ from one before them in numbers alone."""
+  seen, evals = set(), {}
+  for number, config in enumerate(configs):
+    for name, fields in config.evals.to_dict().items():
+      kind = tuple((f, x if isinstance(x, str) else None) for f, x in sorted(_flat(fields).items()))
+      if kind not in seen:
+        seen.add(kind)
+        evals[f"{name}_of_{number}" if name in evals else name] = fields
+  return evals
+
+
+def _kind_of_run(config):
+  """What a run is made of by its names and switches: the rest are numbers, paths and titles."""
+  ignored = "name", "preset", "dtype", "init", "path", "split_pattern"
+  flat = _flat({k: x for k, x in config.to_dict().items() if k not in ("evals", "expected")})
+  return tuple(
+    (f, x)
+    for f, x in sorted(flat.items())
+    if isinstance(x, str)
+    and not f.startswith("tokenizer.evals.")
+    and f.removeprefix("tokenizer.").removeprefix("data.").removeprefix("media.") not in ignored
+    and f.removeprefix("tokenizer.").removeprefix("model.") not in ignored[1:]
+  )
+
+
+def _runs():
+  """Files in groups whose last rows are of one kind, by the first file's name."""
+  groups = {}
+  for file in {_module(file).get_config: file for file in _FILES}.values():
+    config = _config(file, _arguments(file)[-1], "smoke")
+    groups.setdefault(_kind_of_run(config), []).append(file)
+  return {str(files[-1]): files for files in groups.values()}
 
 
 @pytest.fixture(scope="module")
@@ -177,10 +215,12 @@ def cache(tmp_path_factory):
   return tmp_path_factory.mktemp("cache")
 
 
-@_each_run
-def test_one_row_trains(file, cache, tmp_path):
+@pytest.mark.parametrize("files", _runs().values(), ids=_runs())
+def test_one_row_trains(files, cache, tmp_path):
+  """One run for files that differ in numbers alone, with every kind of their evaluations."""
   (tmp_path / "text.txt").write_text("Nobody expects the quick brown fox to jump again. " * 400)
-  config = _config(file, _arguments(file)[-1], "smoke")
+  configs = [_config(file, _arguments(file)[-1], "smoke") for file in files]
+  config = configs[-1]
   if config.task.type == "language_model":
     config.data.path = str(tmp_path / "text.txt")
   elif config.data.source == "wav_folder":
@@ -195,11 +235,12 @@ def test_one_row_trains(file, cache, tmp_path):
     config.tokenizer.evals = {}
     config.sample.num_samples = config.tokenizer.sample.num_samples = 0  # Tested elsewhere.
   config.train_steps = config.checkpoint_steps = 2
-  config.evals = _one_of_each_kind(config.evals)
+  evals = _one_of_each_kind(configs)
+  config.evals = ml_collections.ConfigDict(evals)
   loop.train(config, tmp_path / "run")
   last = metrics.read_metrics(tmp_path / "run/metrics.jsonl")[-1]
   assert last["step"] == 2 and last["train/loss"] > 0
-  assert all(any(k.startswith(f"eval/{name}/") for k in last) for name in config.evals)
+  assert all(any(k.startswith(f"eval/{name}/") for k in last) for name in evals)
 
 
 @pytest.mark.parametrize("file", [f for f in _FILES if hasattr(_module(f), "ROWS")], ids=str)
