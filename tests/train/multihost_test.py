@@ -22,6 +22,7 @@ from experiments.configs import common
 def get_config():
   c = common.smoke(common.language_model())
   c.data.update(source="synthetic")
+  c.model.num_layers = 1
   c.mesh.update(data=2, fsdp=2)
   c.train_steps, c.log_steps, c.checkpoint_steps = {STEPS}, 1, 5
   c.optimizer.peak_lr = 3e-3
