@@ -2,9 +2,8 @@
 
 import json
 import re
-import subprocess
-import sys
 
+import forked_binaries
 import jax
 import numpy as np
 import pytest
@@ -30,10 +29,9 @@ SETTINGS = {
 
 
 def _run(module, *args, fails=False):
-  command = [sys.executable, "-m", f"experiments.{module}", *map(str, args)]
-  done = subprocess.run(command, capture_output=True, text=True)
-  assert (done.returncode != 0) == fails, done.stderr
-  return done.stderr if fails else done.stdout
+  code, output, errors = forked_binaries.run(module, *args)
+  assert code == int(fails), errors
+  return errors if fails else output
 
 
 @pytest.fixture(params=MODELS)
@@ -87,6 +85,7 @@ def test_weights_over_latents_take_the_place_of_a_runs(tmp_path):
   config.train_steps = config.checkpoint_steps = 2
   config.tokenizer.train_steps = config.tokenizer.checkpoint_steps = 2
   config.evals = config.tokenizer.evals = {}
+  config.sample.num_samples = config.tokenizer.sample.num_samples = 0
   config.data.cache_dir = str(tmp_path / "cache")
   run, new, files = (
     tmp_path / "run",
