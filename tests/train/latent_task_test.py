@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import types
 
@@ -18,6 +19,8 @@ from latentlab.layers.mar_head import MarHeadConfig
 from latentlab.train import latent_rows, latent_task, latents, media_sample, partition
 from latentlab.train.state import unbox
 from latentlab.train.step import init_state, make_step
+from latentlab.train.task import Batch
+from latentlab.typing import Params
 
 
 def _config(condition="class", stop="fixed", head="diffusion", **latents):
@@ -31,29 +34,73 @@ def _config(condition="class", stop="fixed", head="diffusion", **latents):
   return c
 
 
-def _case(tmp_path, condition="class", stop="fixed", head="diffusion", data=None, **latents):
+@dataclasses.dataclass(frozen=True)
+class _Case:
   """A task, its parameters with nothing at zero, and a batch."""
-  config = _config(condition, stop, head, **latents)
-  rows = cases.data(tmp_path / "s", condition, stop, batch_size=4, **(data or {}))
-  task = latent_task.build(config, rows.summary)
-  params = jax.jit(lambda k: unbox(task.init(k)))(jax.random.key(0))
-  leaves, tree = jax.tree.flatten_with_path(params)
-  moved = [
-    x if "normalizer" in str(path) else x + 0.1 * jax.random.normal(jax.random.key(i), x.shape)
-    for i, (path, x) in enumerate(leaves)
-  ]
-  batch = jax.tree.map(jnp.asarray, dict(next(rows.train_iterator(0))))
-  return task, jax.tree.unflatten(tree, moved), batch
+
+  task: latent_task.LatentLMTask
+  params: Params
+  batch: Batch
+
+  @functools.cached_property
+  def grads(self):
+    """Loss and gradient of parameters and a batch."""
+    return jax.jit(jax.value_and_grad(lambda p, batch: _loss(self.task, p, batch)))
+
+  @functools.cached_property
+  def draw(self):
+    """Latents that are read and predicted, of a key."""
+    return jax.jit(lambda key: self.task.draw_latents(self.params, self.batch, key))
+
+  @functools.cached_property
+  def state(self):
+    return jax.jit(lambda key: init_state(self.task, key))(jax.random.key(0))
+
+  @functools.cached_property
+  def step(self):
+    return jax.jit(make_step(self.task))
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+  """Makes cases, each once; parameters are made once for a model, whose moments alone differ."""
+  made, moved = {}, {}
+
+  def params(task):
+    (modality,) = task.model.config.modalities
+    plain = dataclasses.replace(modality, mean=0.0, std=1.0)
+    config = dataclasses.replace(task.model.config, modalities=(plain,))
+    if config not in moved:
+      moved[config] = _shaken(jax.jit(lambda k: unbox(task.init(k)))(jax.random.key(0)))
+    moments = dict(mean=np.float32(modality.mean), std=np.float32(modality.std))
+    return moved[config] | {"image_normalizer": moments}
+
+  def make(condition="class", stop="fixed", head="diffusion", data=None, **latents):
+    name = repr((condition, stop, head, data, latents))
+    if name not in made:
+      config = _config(condition, stop, head, **latents)
+      path = tmp_path_factory.mktemp("case")
+      rows = cases.data(path, condition, stop, batch_size=4, **(data or {}))
+      task = latent_task.build(config, rows.summary)
+      batch = jax.tree.map(jnp.asarray, dict(next(rows.train_iterator(0))))
+      made[name] = _Case(task, params(task), batch)
+    return made[name]
+
+  return make
+
+
+@jax.jit
+def _shaken(params):
+  leaves, tree = jax.tree.flatten(params)
+  keys = jax.random.split(jax.random.key(1), len(leaves))
+  leaves = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+  return jax.tree.unflatten(tree, leaves)
 
 
 def _loss(task, params, batch):
   key = jax.random.key(5)
   terms = task.loss(params, batch, key, task.count(batch))
   return terms.total / terms.weight
-
-
-def _grads(task, params, batch):
-  return jax.jit(jax.value_and_grad(lambda p: _loss(task, p, batch)))(params)
 
 
 def _size(tree):
@@ -65,39 +112,42 @@ def test_latentlm_05_losses_at_the_start(tmp_path):
   rows = cases.data(tmp_path / "s", batch_size=4, counts=(64,) * 48)
   task = latent_task.build(_config(prompt_dropout=0.0), rows.summary)
   params = jax.jit(lambda k: unbox(task.init(k)))(jax.random.key(0))
-  batch = next(rows.train_iterator(0))
-  assert _loss(task, params, jax.tree.map(jnp.asarray, dict(batch))) == pytest.approx(1.0, abs=0.2)
+  batch = jax.tree.map(jnp.asarray, dict(next(rows.train_iterator(0))))
+  loss = jax.jit(functools.partial(_loss, task))(params, batch)
+  assert loss == pytest.approx(1.0, abs=0.2)
 
 
 @pytest.mark.parametrize("condition", ["text", "both"])
-def test_latentlm_11_each_loss_trains_its_own_head(tmp_path, condition):
-  task, params, batch = _case(tmp_path, condition, "token", data=dict(counts=(2,) * 6))
+def test_latentlm_11_each_loss_trains_its_own_head(case, condition):
+  here = case(condition, "token", data=dict(counts=(2,) * 6))
+  batch = here.batch
   heads = lambda g: (_size(g["image_head"]), _size(g["language"]["head"]))
   text_only = batch | {"next_kinds": jnp.zeros_like(batch["next_kinds"])}
   latents_only = batch | {"weights": jnp.zeros_like(batch["weights"])}
   for part, trained, still in ((text_only, 1, 0), (latents_only, 0, 1)):
-    loss, grads = _grads(task, params, part)
+    loss, grads = here.grads(here.params, part)
     assert np.isfinite(loss) and heads(grads)[still] == 0 and heads(grads)[trained] > 0
     assert np.isfinite(_size(grads)) and _size(grads["language"]["decoder"]) > 0
 
 
-def test_latentlm_11_nothing_masked_gets_through(tmp_path):
-  task, params, batch = _case(tmp_path, "text", "token", data=dict(counts=(2,) * 6))
-  want = _grads(task, params, batch)
+def test_latentlm_11_nothing_masked_gets_through(case):
+  here = case("text", "token", data=dict(counts=(2,) * 6))
+  batch = here.batch
+  want = here.grads(here.params, batch)
   bad = dict(batch)
   for name, kinds in (("latents/image", "kinds"), ("next_latents/image", "next_kinds")):
     bad[name] = jnp.where(batch[kinds][..., None] > 0, batch[name], jnp.nan)
-  got = _grads(task, params, bad)
+  got = here.grads(here.params, bad)
   jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
-def test_normalisers_are_not_trained(tmp_path):
-  task, params, batch = _case(tmp_path)
-  _, grads = _grads(task, params, batch)
+def test_normalisers_are_not_trained(case):
+  here = case("class", "token", data=dict(counts=(2, 4, 3) * 2))
+  _, grads = here.grads(here.params, here.batch)
   assert _size(grads["image_normalizer"]) == 0
-  state = jax.jit(lambda key: init_state(task, key))(jax.random.key(0))
+  state = here.state
   for _ in range(2):
-    new, _ = jax.jit(make_step(task))(state, batch)
+    new, _ = here.step(state, here.batch)
     old, state = state, new
   jax.tree.map(
     np.testing.assert_array_equal,
@@ -107,24 +157,23 @@ def test_normalisers_are_not_trained(tmp_path):
   assert _size(jax.tree.map(jnp.subtract, state.params, old.params)) > 0
 
 
-def test_an_item_has_one_noise_where_it_is_read_and_where_it_is_drawn(tmp_path):
-  task, params, batch = _case(tmp_path, input="sample", target="sample")
-  here, following = jax.jit(task.draw_latents)(params, batch, jax.random.key(2))
+def test_an_item_has_one_noise_where_it_is_read_and_where_it_is_drawn(case):
+  draw = case(input="sample", target="sample").draw
+  here, following = map(np.asarray, draw(jax.random.key(2)))
   np.testing.assert_array_equal(here[:, 1:], following[:, :-1])
-  again, _ = jax.jit(task.draw_latents)(params, batch, jax.random.key(3))
+  again = np.asarray(draw(jax.random.key(3))[0])
   assert np.abs(again - here)[:, 1:].max() > 0.01
 
 
-def test_latentlm_13_a_document_has_one_scale(tmp_path):
+def test_latentlm_13_a_document_has_one_scale(case):
   """Two documents of a row: noise of each divided by its own root mean square is a normal one."""
   data = dict(counts=(256,) * 8, documents_per_row=2, seq_length=512)
-  task, params, batch = _case(tmp_path, data=data)
-  mean, std = (float(params["image_normalizer"][n]) for n in ("mean", "std"))
+  here = case(data=data)
+  mean, std = (float(here.params["image_normalizer"][n]) for n in ("mean", "std"))
   found = []
-  draw = jax.jit(task.draw_latents)
   for i in range(40):
-    _, z = draw(params, batch, jax.random.key(i))
-    noise = np.asarray(z) * std + mean - np.asarray(batch["next_latents/image"])
+    _, z = here.draw(jax.random.key(i))
+    noise = np.asarray(z) * std + mean - np.asarray(here.batch["next_latents/image"])
     found.append(np.sqrt(np.square(noise).mean(-1)).reshape(4, 2, 256))
   scales = np.sqrt(np.square(np.stack(found)).mean(-1)).ravel()
   assert np.abs(scales).mean() == pytest.approx(0.5 * 0.9974, rel=0.1)
@@ -132,44 +181,42 @@ def test_latentlm_13_a_document_has_one_scale(tmp_path):
 
 
 @pytest.mark.parametrize(("input_", "target"), [("mean", "sample"), ("sample", "mean")])
-def test_means_may_be_read_or_predicted(tmp_path, input_, target):
-  task, params, batch = _case(tmp_path, input=input_, target=target)
-  here, following = jax.jit(task.draw_latents)(params, batch, jax.random.key(2))
-  apply = functools.partial(task.model.apply, {"params": params}, "image", method="normalize")
-  clean = apply(batch["latents/image"]), apply(batch["next_latents/image"])
-  same = [np.allclose(a, b, atol=1e-6) for a, b in zip((here, following), clean, strict=True)]
+def test_means_may_be_read_or_predicted(case, input_, target):
+  here = case(input=input_, target=target)
+  mean, std = (here.params["image_normalizer"][n] for n in ("mean", "std"))
+  names = ("latents/image", "next_latents/image")
+  clean = [(np.asarray(here.batch[name]) - mean) / std for name in names]
+  drawn = here.draw(jax.random.key(2))
+  same = [np.allclose(a, b, atol=1e-6) for a, b in zip(drawn, clean, strict=True)]
   assert same == [input_ == "mean", target == "mean"]
 
 
-def test_learned_scales_are_the_encoders(tmp_path):
+def test_learned_scales_are_the_encoders(case):
   noise = dict(kind="learned", std=0.0, per="example", on_sphere=False)
-  task, params, batch = _case(tmp_path, data=dict(noise=noise, scales=True))
-  std = float(params["image_normalizer"]["std"])
-  draws = []
-  draw = jax.jit(task.draw_latents)
-  for i in range(200):
-    draws.append(draw(params, batch, jax.random.key(i))[1])
+  here = case(data=dict(noise=noise, scales=True))
+  std = float(here.params["image_normalizer"]["std"])
+  draws = [np.asarray(here.draw(jax.random.key(i))[1]) for i in range(200)]
   got = np.std(np.stack(draws), axis=0) * std
-  np.testing.assert_allclose(got, batch["next_scales/image"], rtol=0.35)
+  np.testing.assert_allclose(got, here.batch["next_scales/image"], rtol=0.35)
 
 
 def test_a_dropped_prompt_is_null_as_a_whole(tmp_path):
-  task, params, batch = _case(tmp_path, "text", "token", prompt_dropout=0.5)
-  drop = np.asarray(latent_rows.dropped_prompts(batch, 0.5, jax.random.key(1)))
+  rows = cases.data(tmp_path / "s", "text", "token", batch_size=4)
+  batch = jax.tree.map(jnp.asarray, dict(next(rows.train_iterator(0))))
+  dropped = jax.jit(lambda key: latent_rows.dropped_prompts(batch, 0.5, key))
+  drop = np.asarray(dropped(jax.random.key(1)))
   droppable = np.asarray(batch["droppable"])
   assert not drop[~droppable].any()
   rows = [set(d[m].tolist()) for d, m in zip(drop, droppable, strict=True)]
   assert all(len(r) == 1 for r in rows)
-  seen = [
-    bool(latent_rows.dropped_prompts(batch, 0.5, jax.random.key(i))[0].any()) for i in range(60)
-  ]
+  seen = [np.asarray(dropped(jax.random.key(i)))[0].any() for i in range(60)]
   assert 10 < sum(seen) < 50
 
 
-def test_the_head_runs_for_latents_alone(tmp_path):
+def test_the_head_runs_for_latents_alone(case):
   """Fewer places than the row has: the same sum, counted on the shapes that the head is given."""
   data = dict(counts=(3,) * 6, documents_per_row=1, seq_length=16)
-  task, params, batch = _case(tmp_path, "text", "token", data=data)
+  here = case("text", "token", data=data)
   shapes = []
 
   def spy(next_fun, args, kwargs, context):
@@ -178,8 +225,8 @@ def test_the_head_runs_for_latents_alone(tmp_path):
     return next_fun(*args, **kwargs)
 
   with nn.intercept_methods(spy):
-    jax.eval_shape(lambda p: _loss(task, p, batch), params)
-  assert shapes == [(4, 3, 16)] and task.seq_length == 16
+    jax.eval_shape(functools.partial(_loss, here.task), here.params, here.batch)
+  assert shapes == [(4, 3, 16)] and here.task.seq_length == 16
 
 
 def test_mars_head_trains_as_others_do(tmp_path):
@@ -198,9 +245,10 @@ def test_mars_head_trains_as_others_do(tmp_path):
   assert more == 3 * 4 * head.flops_per_row(16, dim)
 
 
-def test_accumulation_divides_each_loss_by_its_own_count(tmp_path):
+def test_accumulation_divides_each_loss_by_its_own_count(case):
   """Uneven rows: microbatches hold different shares of tokens and latents."""
-  task, _, batch = _case(tmp_path, "text", "token", prompt_dropout=0.0, head="regression")
+  here = case("text", "token", prompt_dropout=0.0, head="regression")
+  task, batch = here.task, here.batch
   # Microbatches draw other noise; without any, they are parts of the whole.
   task = latent_task.LatentLMTask(task.model, task.config, task.noise.__class__("none", 0.0))
   weights = batch["weights"].at[0].set(0.0)
@@ -212,12 +260,11 @@ def test_accumulation_divides_each_loss_by_its_own_count(tmp_path):
     np.testing.assert_allclose(a[name], b[name], rtol=1e-4)
 
 
-@pytest.mark.parametrize("axes", [dict(data=4), dict(fsdp=2, tensor=2)], ids=str)
-def test_latentlm_17_sharded_training_equals_one_device(tmp_path, axes):
-  task, _, batch = _case(tmp_path, "text", "token")
-  batch = jax.tree.map(np.asarray, batch)
+def test_latentlm_17_sharded_training_equals_one_device(case):
+  here = case("text", "token", data=dict(counts=(2,) * 6))
+  task, batch = here.task, jax.tree.map(np.asarray, here.batch)
   results = []
-  for sizes, count in ((dict(data=1), 1), (axes, 4)):
+  for sizes, count in ((dict(data=1), 1), (dict(data=4), 4), (dict(fsdp=2, tensor=2), 4)):
     config = ml_collections.ConfigDict(task.config.to_dict())
     config.mesh = sizes
     trainer = partition.make_trainer(task, config, jax.devices()[:count])
@@ -225,22 +272,23 @@ def test_latentlm_17_sharded_training_equals_one_device(tmp_path, axes):
     for _ in range(3):
       state, metrics = trainer.step(state, trainer.place(batch))
     results.append(jax.device_get((state.params, metrics)))
-  jax.tree.map(
-    functools.partial(np.testing.assert_allclose, rtol=2e-3, atol=2e-4), results[1], results[0]
-  )
+  equal = functools.partial(np.testing.assert_allclose, rtol=2e-3, atol=2e-4)
+  for sharded in results[1:]:
+    jax.tree.map(equal, sharded, results[0])
 
 
 @pytest.mark.parametrize("stop", ["token", "classifier"])
-def test_where_a_run_ends_is_learnt(tmp_path, stop):
-  task, params, batch = _case(tmp_path, "class", stop, data=dict(counts=(2, 4, 3) * 2))
-  sums, weights = task.sums(params, batch, jax.random.key(0), deterministic=True)
+def test_where_a_run_ends_is_learnt(case, stop):
+  here = case("class", stop, data=dict(counts=(2, 4, 3) * 2))
+  batch, state = here.batch, here.state
+  count = jax.jit(lambda *args: here.task.sums(*args, deterministic=True)[1])
+  weights = count(here.params, batch, jax.random.key(0))
   kind = "tokens" if stop == "token" else "stops"
   lengths = (np.asarray(batch["next_kinds"]) > 0).sum(1)
   assert weights[kind] == (lengths + 1).sum() and weights["latents"] == lengths.sum()
-  step, state = jax.jit(make_step(task)), jax.jit(lambda k: init_state(task, k))(jax.random.key(0))
   first = None
   for _ in range(12):
-    state, metrics = step(state, batch)
+    state, metrics = here.step(state, batch)
     loss = float(metrics["token_loss" if stop == "token" else "stop_loss"])
     first = loss if first is None else first
   assert loss < first
