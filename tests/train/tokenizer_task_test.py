@@ -1,6 +1,7 @@
 """A tokenizer's task: its losses against their formulas, its adversary, and a run's picture."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from experiments.configs.latentlm import common as latentlm
 from experiments.configs.latentlm import tokenizers
 from latentlab.data import media
 from latentlab.train import perceptual, tokenizer_task
+from latentlab.train.state import unbox
 from latentlab.train.step import init_state, make_step
 from latentlab.train.tokenizer_losses import Losses, Objective
 
@@ -42,10 +44,24 @@ def _batch(shape=(8, 8, 1), rows=4, seed=0):
   }
 
 
+@functools.cache
+def _params(model):
+  """What `init_state` of the first key gives the model."""
+  key, _ = jax.random.split(jax.random.key(0))
+  media = jnp.zeros((1, *model.config.media_shape))
+  return jax.jit(lambda key: unbox(model.init(key, media)["params"]))(key)
+
+
 def _loss(task, batch, key):
-  params = jax.jit(lambda key: init_state(task, key))(key).params
-  terms = jax.jit(task.loss)(params, batch, key)
-  return params, terms, {name: float(x / w) for name, (x, w) in terms.metrics.items()}
+  """A task's loss, the means of its metrics, and what its model makes of the batch."""
+
+  @jax.jit
+  def run(params, batch):
+    out = task.model.apply({"params": params}, batch["media"], key)
+    return task.loss(params, batch, key), out
+
+  terms, out = run(_params(task.model), batch)
+  return terms, {name: float(x / w) for name, (x, w) in terms.metrics.items()}, out
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -55,8 +71,7 @@ def test_losses_are_their_formulas(bottleneck, reduction, key):
   model = dict(bottleneck=bottleneck, codebook_size=5 if bottleneck == "vq" else 0)
   fields = dict(reconstruction="l1" if reduction == "sum" else "l2", reduction=reduction, beta=beta)
   task, batch = tokenizer_task.build(_config(task=fields, **model)), _batch()
-  params, terms, got = _loss(task, batch, key)
-  out = jax.jit(lambda p, x: task.model.apply({"params": p}, x, key))(params, batch["media"])
+  terms, got, out = _loss(task, batch, key)
   out = jax.tree.map(lambda x: np.asarray(x, np.float64), out)
   weights = np.asarray(batch["weights"], np.float64)
   reduce = lambda x: getattr(x.reshape(4, -1), reduction)(1)
@@ -86,17 +101,16 @@ def test_losses_are_their_formulas(bottleneck, reduction, key):
   np.testing.assert_allclose(terms.total / terms.weight, mean(total), rtol=1e-4)
 
 
-def test_codes_are_drawn_to_means_and_less_so_the_other_way(key):
+def test_codes_are_drawn_to_means_and_less_so_the_other_way():
   config = _config(task=dict(beta=0.0), bottleneck="vq", codebook_size=5, unit_codes=False)
   task = tokenizer_task.build(config)
   batch = _batch()
-  params = jax.jit(lambda key: init_state(task, key))(key).params
 
   def codes(params):
     out = task.model.apply({"params": params}, batch["media"])
     return task.losses.of_latents(out)[0].sum(), out
 
-  grads, out = jax.jit(jax.grad(codes, has_aux=True))(params)
+  grads, out = jax.jit(jax.grad(codes, has_aux=True))(_params(task.model))
   want = np.zeros((5, 3))
   pull = 2 * (np.asarray(out.code_vectors) - np.asarray(out.means)) / (4 * 3)
   np.add.at(want, np.asarray(out.codes).ravel(), pull.reshape(-1, 3))
@@ -110,10 +124,8 @@ def test_padding_of_sounds_counts_nowhere(key):
   batch = _batch((60, 1)) | {"lengths": jnp.array([60, 25, 10, 0], jnp.int32)}
   padded = jnp.arange(60) < batch["lengths"][:, None]
   batch["media"] = jnp.where(padded[..., None], batch["media"], 0.0)
-  _, terms, got = _loss(task, batch, key)
+  terms, got, out = _loss(task, batch, key)
   assert np.isfinite(float(terms.total)) and got["spectral"] > 0
-  params = jax.jit(lambda key: init_state(task, key))(key).params
-  out = jax.jit(lambda p, x: task.model.apply({"params": p}, x, key))(params, batch["media"])
   errors = np.abs(np.asarray(out.reconstruction - batch["media"], np.float64))[..., 0]
   rows = [errors[i, :n].mean() for i, n in enumerate((60, 25, 10))]
   means = [np.asarray(out.means, np.float64)[i, :n] for i, n in enumerate((6, 3, 1))]
@@ -131,14 +143,14 @@ def test_perceptual_loss_is_of_the_registered_features(key):
   name = "test_halves"
   perceptual.register(name, lambda shape: lambda x: [x[:, : shape[0] // 2], x[:, ::2, ::2]])
   task = tokenizer_task.build(_config(task=dict(perceptual=name, perceptual_weight=2.0)))
-  _, terms, got = _loss(task, _batch(), key)
+  terms, got, _ = _loss(task, _batch(), key)
   want = got["reconstruction"] + 1e-2 * got["bottleneck"] + 2.0 * got["perceptual"]
   np.testing.assert_allclose(terms.total / terms.weight, want, rtol=1e-5)
   assert got["perceptual"] > 0
   with pytest.raises(ValueError, match="registered already"):
     perceptual.register(name, lambda shape: None)
   features = perceptual.make_features("random_convolutions", (8, 8, 1))
-  shapes = [x.shape for x in features(_batch()["media"])]
+  shapes = [x.shape for x in jax.eval_shape(features, _batch()["media"])]
   assert shapes == [(4, 8, 8, 16), (4, 4, 4, 32), (4, 2, 2, 64)]
 
 
@@ -150,25 +162,26 @@ def test_the_adversary_and_the_tokenizer_step_together(adaptive, key):
   assert [g.name for g in task.groups] == ["model", "discriminator"]
   state = jax.jit(lambda key: init_state(task, key))(key)
   # The tokenizer is initialised as it is without an adversary.
-  alone = jax.jit(lambda key: init_state(tokenizer_task.build(_config()), key))(key)
-  same = lambda a, b: np.testing.assert_array_equal(a, b)
-  jax.tree.map(same, {k: v for k, v in state.params.items() if k != "discriminator"}, alone.params)
+  own = {k: v for k, v in state.params.items() if k != "discriminator"}
+  jax.tree.map(np.testing.assert_array_equal, own, _params(task.model))
   assert not any(
     "discriminator" in str(p) for p, _ in jax.tree.leaves_with_path(state.opt_states["model"])
   ) and jax.tree.leaves(state.opt_states["discriminator"])
   new, metrics = jax.jit(make_step(task))(state, batch)
   for part in ("encoder", "decoder", "discriminator"):
     moved = jax.tree.map(
-      lambda a, b: float(jnp.abs(a - b).max()), new.params[part], state.params[part]
+      lambda a, b: np.abs(np.asarray(a) - b).max(), new.params[part], state.params[part]
     )
     assert max(jax.tree.leaves(moved)) > 0, part
   assert float(metrics["discriminator/lr"]) > float(metrics["model/lr"]) > 0
   # The adversary tells real from made: its loss falls by its own gradient, at the same draws.
   loss = lambda p: (t := task.discriminator_loss(p, batch, key)).total / t.weight
-  grads = jax.jit(jax.grad(loss))(state.params)
+  loss = jax.jit(jax.value_and_grad(loss))
+  before, grads = loss(state.params)
   assert all((np.asarray(g) == 0).all() for g in jax.tree.leaves(grads["decoder"]))
-  small = {k: jax.tree.map(lambda a, g: a - 1e-2 * g, v, grads[k]) for k, v in state.params.items()}
-  assert float(loss(small)) < float(loss(state.params))
+  descended = lambda x, g: np.asarray(x) - np.float32(1e-2) * np.asarray(g)
+  after, _ = loss(jax.tree.map(descended, state.params, grads))
+  assert after < before
   # And the tokenizer is told what the adversary thinks.
   parts = {k.removeprefix("model/"): float(x) for k, x in metrics.items()}
   want = parts["reconstruction"] + 1e-2 * parts["bottleneck"]
@@ -183,7 +196,7 @@ def test_the_adaptive_scale_balances_gradients():
   losses = Losses(Objective(adaptive=True), config)
   media, made = _batch()["media"], _batch(seed=1)["media"]
   verdict = lambda x: (3.0 * x).reshape(4, -1).sum(1)
-  got = losses.adversarial_scale(media, made, None, verdict)
+  got = jax.jit(lambda *a: losses.adversarial_scale(*a, None, verdict))(media, made)
   want = np.linalg.norm(2 * (made - media) / 64) / (3 * np.sqrt(media.size))
   np.testing.assert_allclose(got, want, rtol=1e-4)
 
@@ -191,20 +204,27 @@ def test_the_adaptive_scale_balances_gradients():
 def test_sounds_have_an_adversary_too(key):
   task = _speech(dict(adversarial_weight=1.0, discriminator_width=2, discriminator_depth=2))
   batch = _batch((60, 1)) | {"lengths": jnp.array([60, 60, 30, 0], jnp.int32)}
-  grads = jax.jit(jax.grad(lambda p: task.discriminator_loss(p, batch, key).total))
-  params = jax.jit(lambda key: init_state(task, key))(key).params
-  found = jax.tree.leaves_with_path(grads(params)["discriminator"])
-  norms = [float(jnp.abs(g).max()) for path, g in found if "kernel" in str(path)]
+
+  @jax.jit
+  def gradient(key):
+    loss = lambda p: task.discriminator_loss(p, batch, key).total
+    return jax.grad(loss)(unbox(task.init(key)))["discriminator"]
+
+  found = jax.tree.leaves_with_path(gradient(key))
+  norms = [np.abs(g).max() for path, g in found if "kernel" in str(path)]
   assert len(norms) == 5 * 3 and min(norms) > 0
 
 
 def test_microbatches_add_up(key):
   fields = dict(perceptual_weight=0.1)
   task = tokenizer_task.build(_config(task=fields, bottleneck="mean"))  # Without draws.
-  state = jax.jit(lambda key: init_state(task, key))(key)
-  batch = _batch()
-  steps = [jax.jit(make_step(task, accumulate_steps=n)) for n in (1, 2)]
-  (one, a), (two, b) = (step(state, batch) for step in steps)
+
+  @jax.jit
+  def metrics(key, batch):
+    state = init_state(task, key)
+    return [make_step(task, accumulate_steps=n)(state, batch)[1] for n in (1, 2)]
+
+  a, b = metrics(key, _batch())
   np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
   np.testing.assert_allclose(a["grad_norm"], b["grad_norm"], rtol=1e-4)
 
@@ -223,11 +243,12 @@ def test_sigma_keeps_its_noise_where_a_plain_vae_loses_it(key):
     step = make_step(task)
 
     @jax.jit
-    def train(state):
-      return jax.lax.scan(lambda s, _: step(s, batch), state, length=300)
+    def train(key):
+      _, metrics = jax.lax.scan(lambda s, _: step(s, batch), init_state(task, key), length=300)
+      return metrics
 
-    state, metrics = train(jax.jit(lambda key: init_state(task, key))(key))
-    return float(metrics["noise_ratio"][-1]), float(metrics["mse"][-1])
+    metrics = jax.device_get(train(key))
+    return metrics["noise_ratio"][-1], metrics["mse"][-1]
 
   (loose, _), (tight, mse) = (ratio("plain", beta) for beta in (1e-1, 1e-4))
   sigma, sigma_mse = ratio("sigma_gaussian", 1e-1)
@@ -243,22 +264,24 @@ def test_rows_of_the_table_step_twice(key):
   batch = {k: jnp.asarray(v) for k, v in next(data.train_iterator(0)).items()}
   for row in rows:
     task = tokenizer_task.build(tokenizers.get_config(f"row={row},smoke"))
-    state, step = jax.jit(lambda k, t=task: init_state(t, k))(key), jax.jit(make_step(task))
-    losses = []
-    for _ in range(2):
-      state, metrics = step(state, batch)
-      losses.append(float(metrics["loss"]))
+
+    @jax.jit
+    def train(key, batch, task=task):
+      step = make_step(task)
+      return jax.lax.scan(lambda s, _: step(s, batch), init_state(task, key), length=2)
+
+    state, metrics = train(key, batch)
+    losses = np.asarray(metrics["loss"])
     assert np.isfinite(losses).all() and int(state.total_skipped) == 0, (row, losses)
 
 
-def test_a_run_ends_with_a_picture(tmp_path, key, capsys):
+def test_a_run_ends_with_a_picture(tmp_path, capsys):
   config = _config()
   config.sample.num_samples = 3
   task = tokenizer_task.build(config)
-  params = jax.jit(lambda key: init_state(task, key))(key).params
   data = media.build_arrays(np.asarray(_batch()["media"]).repeat(5, 0), batch_size=4)
   task.check_sample(data)
-  task.show_sample(params, data, tmp_path)
+  task.show_sample(_params(task.model), data, tmp_path)
   assert "samples/reconstructions.png" in capsys.readouterr().out
   assert (tmp_path / "samples/reconstructions.png").stat().st_size > 100
   assert task.items_per_step == 4 * 4 and task.flops_per_item > 0
