@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from experiments.configs import common
+from latentlab import app
 from latentlab.train import checkpoint, loop, metrics
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -40,9 +41,13 @@ class _Binary:
     (folder / "config.py").write_text(CONFIG)
 
   def start(self, workdir: str, *flags: str) -> subprocess.Popen:
+    # Compiled as the tests are, and with the huge pages that it would restart itself for.
+    flags_of_tests = os.environ.get("XLA_FLAGS", "").split()
+    xla_flags = [x for x in flags_of_tests if "device_count" not in x]
     env = {
       **os.environ,
-      "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+      **app.huge_page_environment(),
+      "XLA_FLAGS": " ".join([*xla_flags, "--xla_force_host_platform_device_count=1"]),
       "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
     command = [
