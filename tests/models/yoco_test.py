@@ -66,8 +66,8 @@ _step = jax.jit(decode_step, static_argnums=0)
 def test_yoco_05_06_early_exit_slices_and_tokens_are_one_pass(variant):
   """Of ragged prompts, in slices of any sizes, then token by token."""
   model, params = _model(variant)
-  tokens = _tokens(21)
-  want = _logits(model, params, tokens)
+  tokens = np.asarray(_tokens(21))
+  want = np.asarray(_logits(model, params, tokens))
   lengths = np.array([9, 6])
   got, _ = _prefill(model, params, tokens[:, :9], lengths, max_length=21)
   np.testing.assert_allclose(got, want[[0, 1], lengths - 1], rtol=2e-5, atol=2e-5)
