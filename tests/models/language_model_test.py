@@ -79,6 +79,7 @@ def test_retnet_04_prefill_and_decode_equal_one_pass_at_every_split(key, name):
     logits, cache = step(params, tokens[0, (lengths - 1 + t).clip(max=length - 1)], cache)
     np.testing.assert_allclose(np.asarray(logits)[: length - t], want[t:], rtol=1e-4, atol=1e-4)
   assert len(programs) == 1  # However long the sequence.
+  assert step._cache_size() <= 1  # 0 where the process's cache is full.
   np.testing.assert_array_equal(cache.lengths, lengths + length - 1)
 
 

@@ -129,6 +129,7 @@ def test_lex_05_ragged_prompts_of_every_length(mask):
     logits, cache = step(params, tokens[0, (lengths - 1 + t).clip(max=length - 1)], cache)
     np.testing.assert_allclose(np.asarray(logits)[: length - t], want[t:], atol=1e-4)
   assert len(programs) == 1
+  assert step._cache_size() <= 1  # 0 where the process's cache is full.
   # More prompt behind prompts of different lengths, ragged again.
   _, cache = fill(params, tokens[:4, :9], np.array([1, 4, 7, 9]))
   more = np.stack([tokens[0, n : n + 8] for n in (1, 4, 7, 9)])
