@@ -207,7 +207,7 @@ class LatentGenerator(Generator):
     variables = {"params": self.params}
     normal = np.asarray(model.apply(variables, m.name, jnp.asarray(means), method="normalize"))
     prompts = [latent.prompt_items(model.config, tokens_of, {m.name: z}) for z in normal]
-    bos = documents.tokenizer.bos_id
+    bos, special = documents.tokenizer.bos_id, model.config.tokens
     drawn = latent.generate_items(
       model,
       self.params,
@@ -215,7 +215,8 @@ class LatentGenerator(Generator):
       key=key,
       max_items=max_tokens,
       settings=SolverSettings(),
-      tokens=tokens,
+      # No further run either.
+      tokens=text_sampler(special.text_vocab_size, special.vocab_size, tokens),
       ends_with_run=False,
       stop_tokens=(bos,),
     )
