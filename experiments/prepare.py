@@ -81,13 +81,13 @@ _OF_LATENTS = ("latents", "cache_dir")
 
 def main() -> None:
   if _LATENTS.value is not None:
-    _refuse_others(_OF_LATENTS, f"--latents={_LATENTS.value} is a tokenizer's run")
+    _refuse_others(_OF_LATENTS, f"--latents={_LATENTS.value} names a tokenizer's run")
     store = latents.prepare_run(_LATENTS.value, _CACHE_DIR.value)
     counts = {name: len(split) for name, split in store.splits.items()}
     print(json.dumps({"path": str(store.path), "items": counts} | dict(store.meta), indent=2))
     return
   if _SOURCE.value in packages.PACKAGES:
-    _refuse_others(_OF_IMAGES, f"--source={_SOURCE.value} are images")
+    _refuse_others(_OF_IMAGES, f"--source={_SOURCE.value} is one of images")
     made = packages.prepare(_SOURCE.value, _OUTPUT.value, _ARCHIVE.value)
     print(json.dumps(made, indent=2))
     return
@@ -114,7 +114,7 @@ def main() -> None:
 def _refuse_others(names: tuple[str, ...], what: str) -> None:
   for flag in _FLAGS:
     if flag.present and flag.name not in names:
-      raise ValueError(f"--{flag.name}={flag.value} is of texts, and {what}; leave it out.")
+      raise ValueError(f"--{flag.name}={flag.value} means nothing where {what}; leave it out.")
 
 
 if __name__ == "__main__":

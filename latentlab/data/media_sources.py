@@ -92,8 +92,8 @@ class MediaConfig:
     for field in _OF_SOUNDS:
       if (value := getattr(self, field)) < 0:
         raise ValueError(f"data.{field}={value} must not be negative; 0 takes what sounds have.")
-    if self.peak > 1:
-      raise ValueError(f"data.peak={self.peak} is above 1, the largest magnitude that there is.")
+    if not self.peak <= 1:  # Nor is a NaN.
+      raise ValueError(f"data.peak={self.peak} must be at most 1, the largest magnitude there is.")
     if self.peak and self.source != "wav_folder":
       raise ValueError(
         f"data.peak={self.peak} is of data.source='wav_folder', and this one is {self.source!r}; "

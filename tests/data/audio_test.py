@@ -244,7 +244,8 @@ def test_sounds_may_be_scaled_to_one_peak(folder):
     np.testing.assert_allclose(b, a * 0.25 / np.abs(a).max(), rtol=1e-6)
   assert plain.summary["media_sha256"] != scaled.summary["media_sha256"]
   for bad, message in (
-    (_fields(folder, peak=1.5), "data.peak=1.5 is above 1"),
+    (_fields(folder, peak=1.5), "data.peak=1.5 must be at most 1"),
+    (_fields(folder, peak=float("nan")), "data.peak=nan must be at most 1"),
     (dict(source="vowels", peak=0.5), "data.peak=0.5 is of data.source='wav_folder'"),
     (dict(source="vowels", sample_rate=4000), "data.sample_rate=4000 is too low for vowels"),
     (dict(source="vowels", class_names=("a",)), "data.source='vowels' have names"),

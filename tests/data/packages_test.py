@@ -162,7 +162,7 @@ def test_the_binary_knows_what_is_of_images(tmp_path):
     text=True,
   )
   for arguments, message in (
-    (["--source=mnist", "--vocab_size=300"], "--vocab_size=300 is of texts, and --source=mnist"),
+    (["--source=mnist", "--vocab_size=300"], "--vocab_size=300 means nothing where --source=mnist"),
     (["--archive=x.whl", f"--output={tmp_path}/a.bin"], "--archive=x.whl is of images"),
     (["--source=emoji", "--archive=none.tgz", f"--output={tmp_path}/e"], "'none.tgz' cannot be"),
   ):
