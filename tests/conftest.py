@@ -1,6 +1,7 @@
 """Set-up of the whole suite: the platform, the simulated devices, and the run-time shape checks."""
 
 import functools
+import gc
 import importlib.metadata
 import importlib.util
 import math
@@ -36,6 +37,9 @@ if PLATFORM != "tpu":
   ):
     os.environ.setdefault(name, value)
 
+# Tracing makes many objects, and few of them are garbage; to look for it less saves a twentieth.
+gc.set_threshold(50_000, 20, 50)
+
 # Every annotation is checked on each call (or trace) while the tests run: tests/shape_checks.py.
 jaxtyping.install_import_hook(["latentlab", "pallas_kernels"], "shape_checks.typechecked")
 
@@ -45,7 +49,8 @@ pytest.register_assert_rewrite(
 )
 
 _TESTS = pathlib.Path(__file__).parent
-_QUICK = ("layers", "models", "ops", "pallas_kernels", "sample")
+# Models run the layers, and the main job's smoke run beside them the rest.
+_QUICK = ("models", "ops", "pallas_kernels")
 _ONLY = {"cpu": "cpu_only", "cuda": "gpu_only", "tpu": "tpu_only"}
 
 
