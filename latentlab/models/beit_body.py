@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from latentlab import ops
 from latentlab.layers import initializers
-from latentlab.models.tokenizer_bodies import Patches
+from latentlab.models.tokenizer_bodies import PatchBody, Patches
 from latentlab.typing import Array, DTypeLike, Float
 from pallas_kernels.common import target_platform
 
@@ -20,11 +20,10 @@ ENCODERS = ("beit3", "vit")
 
 
 @dataclasses.dataclass(frozen=True)
-class BeitBody:
+class BeitBody(PatchBody):
   """Patches through BEiT-3, or through a ViT, and latents through a ViT.
 
   Attributes:
-    patches: Of an image.
     encoder_kind: `beit3` or `vit`.
     layers: Layers of the encoder and of the decoder.
     embed_dim: Width.
@@ -34,7 +33,6 @@ class BeitBody:
     dtype: Of activations.
   """
 
-  patches: Patches
   encoder_kind: str
   layers: tuple[int, int]
   embed_dim: int
@@ -54,15 +52,8 @@ class BeitBody:
     if self.embed_dim % self.num_heads:
       raise ValueError(f"embed_dim={self.embed_dim} is no multiple of num_heads={self.num_heads}")
 
-  @property
-  def media_shape(self) -> tuple[int, int, int]:
-    return self.patches.media_shape
-
-  @property
-  def num_latents(self) -> int:
-    return self.patches.count
-
   def initializers(self, layers: int) -> initializers.Initializers:
+    """Those of a stack of so many layers."""
     return initializers.make(self.init, num_layers=layers, embed_dim=self.embed_dim)
 
   def encoder(self, features: int) -> nn.Module:

@@ -95,24 +95,35 @@ class Patches:
 
 
 @dataclasses.dataclass(frozen=True)
-class VitBody:
-  """Patches through a transformer that sees all of them, and the same on the grid of latents.
+class PatchBody:
+  """What bodies have alike that make one latent of each patch.
 
   Attributes:
     patches: Of an image.
-    transformers: The encoder's and the decoder's.
   """
 
   patches: Patches
-  transformers: tuple[DecoderConfig, DecoderConfig]
 
   @property
   def media_shape(self) -> tuple[int, int, int]:
+    """Height, width, channels."""
     return self.patches.media_shape
 
   @property
   def num_latents(self) -> int:
+    """Patches of an image."""
     return self.patches.count
+
+
+@dataclasses.dataclass(frozen=True)
+class VitBody(PatchBody):
+  """Patches through a transformer that sees all of them, and the same on the grid of latents.
+
+  Attributes:
+    transformers: The encoder's and the decoder's.
+  """
+
+  transformers: tuple[DecoderConfig, DecoderConfig]
 
   def encoder(self, features: int) -> nn.Module:
     return PatchEncoder(self, features)
