@@ -63,7 +63,7 @@ def main() -> None:
     if not value:
       raise ValueError(f"--{name} is missing.")
   if _FROM.value in interop.LATENT_IMPORTERS:
-    _import_over_latents(workdir)
+    _import_like(workdir)
     return
   if _LIKE.value:
     raise ValueError(
@@ -92,7 +92,7 @@ def main() -> None:
   logger.info("%d tokens, %s, in %s.", imported.vocab_size, section, workdir)
 
 
-def _import_over_latents(workdir: str) -> None:
+def _import_like(workdir: str) -> None:
   if not _LIKE.value:
     raise ValueError(f"--from={_FROM.value} needs --like, a run of the same model.")
   if _SET.value:

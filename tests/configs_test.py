@@ -129,10 +129,11 @@ def test_builds(file, argument):
   config = _config(file, argument)
   task = _task(config)
   assert optim.make_schedule(config.optimizer, config.train_steps)(0) > 0
-  made_of = str([config.task, config.model, config.get("latents")])
-  if made_of in _initialised:
+  tokenizer = config.get("tokenizer", {}).get("model")
+  sections = str([config.task, config.model, config.get("latents"), config.data, tokenizer])
+  if sections in _initialised:
     return
-  _initialised.add(made_of)
+  _initialised.add(sections)
   params = jax.eval_shape(task.init, jax.random.key(0))
   # Rows that differ in sizes alone have one program; names and switches say what they are made of.
   made_of = {k: x for k, x in config.model.items() if isinstance(x, str | bool) or x is None}
@@ -193,7 +194,7 @@ def _kind_of_run(config):
   return tuple(
     (f, x)
     for f, x in sorted(flat.items())
-    if isinstance(x, str)
+    if isinstance(x, str | bool)
     and not f.startswith("tokenizer.evals.")
     and f.removeprefix("tokenizer.").removeprefix("data.").removeprefix("media.") not in ignored
     and f.removeprefix("tokenizer.").removeprefix("model.") not in ignored[1:]

@@ -49,8 +49,8 @@ pytest.register_assert_rewrite(
 )
 
 _TESTS = pathlib.Path(__file__).parent
-# Models run the layers, and the main job's smoke run beside them the rest.
-_QUICK = ("models", "ops", "pallas_kernels")
+# Models run most layers, and the main job's smoke run beside them the trainer.
+_QUICK = ("models", "ops", "pallas_kernels", "sample")
 _ONLY = {"cpu": "cpu_only", "cuda": "gpu_only", "tpu": "tpu_only"}
 
 

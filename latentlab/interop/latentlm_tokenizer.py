@@ -98,7 +98,7 @@ def import_tokenizer(state: StateDict, fields: Mapping[str, Any]) -> ImportedTok
     mlp_dim=len(found["mlp"]),
     dim=len(found["head"]),
   )
-  if told := sorted(sizes.keys() & fields.keys()):
+  if told := sorted((sizes.keys() | {"name"}) & fields.keys()):
     raise ValueError(f"{told} are told by the weights; leave them out")
   model = dict(name="beit_tokenizer", **sizes, **fields)
   config = latent_tokenizer.build_config(model)
@@ -117,9 +117,15 @@ def import_like(state: StateDict, config: LatentTokenizerConfig) -> Params:
     ValueError: the release has no such tokenizer, or the weights are of another.
   """
   body = _check(config)
-  kind = "beit3" if _BEIT in state else "vit"
+  known = {"beit3": _BEIT, "vit": _VIT}
+  kind = next((kind for kind, name in known.items() if name in state), body.encoder_kind)
   if kind != body.encoder_kind:
     raise ValueError(f"the weights' encoder is a {kind}, and the model has {body.encoder_kind!r}")
+  # As matrices, other patches of as many numbers would fit too.
+  p, patches = body.patches.size, known[kind]
+  want = (body.embed_dim, body.media_shape[2], p, p)
+  if patches in state and state[patches].shape != want:
+    raise ValueError(f"{patches} is {state[patches].shape}, and the model has {want}")
   return import_weights(entries(kind), _flat(state, body), tokenizer_shapes(config))
 
 
@@ -153,6 +159,8 @@ def _check(config: LatentTokenizerConfig) -> BeitBody:
 
 def _side(places: np.ndarray, kind: str) -> int:
   """Patches of height and width, from the table of places."""
+  if places.ndim != (2 if kind == "beit3" else 3):
+    raise ValueError(f"the table of the encoder's places is {places.shape}")
   count = len(places) - _FAIRSEQ_ROWS if kind == "beit3" else places.shape[1]
   side = round(max(count - 1, 0) ** 0.5)
   if side < 1 or side**2 != count - 1:

@@ -224,6 +224,13 @@ def _norm(c: BeitBody, sub_norm: bool, name: str) -> nn.Module:
   return nn.LayerNorm(1e-5 if sub_norm else 1e-6, dtype=c.dtype, name=name)
 
 
-def _dense(c, features, axes, name, init=None, bias=True) -> nn.Module:
+def _dense(
+  c: BeitBody,
+  features: int,
+  axes: tuple[str | None, ...],
+  name: str,
+  init: nn.initializers.Initializer | None = None,
+  bias: bool = True,
+) -> nn.Module:
   init = nn.with_logical_partitioning(init or c.initializers(sum(c.layers)).mixer_in, axes)
   return nn.Dense(features, use_bias=bias, dtype=c.dtype, kernel_init=init, name=name)

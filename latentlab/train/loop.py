@@ -89,7 +89,9 @@ def _train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> "_
   if latents.needs_tokenizer(asked, workdir):
     logger.info("First the tokenizer, in %s.", config.data.tokenizer_run)
     if _train(config.tokenizer, config.data.tokenizer_run).preempted:
-      raise Preempted(0)  # In the tokenizer's last step: it is done, and this run has not begun.
+      # In its last step: the tokenizer is done, and this run has not begun.
+      logger.warning("Told to stop behind the tokenizer; the same command goes on from there.")
+      raise Preempted(0)
   data = _build_data(config)
   _check_hosts_agree(data)
   task = build_task(config, data.tokenizer.vocab_size, data.summary)

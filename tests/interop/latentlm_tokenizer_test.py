@@ -27,7 +27,7 @@ def _map(f, tree):
   return {k: _map(f, x) for k, x in tree.items()} if isinstance(tree, dict) else f(tree)
 
 
-def test_the_release_has_171_million_parameters():
+def test_the_release_has_172_million_parameters():
   config = latent_tokenizer.build_config(dict(name="beit_tokenizer", preset="imagenet"))
   sizes = latent_tokenizer.num_params(config)
   width, mlp, places = 768, 3072, 257
@@ -62,6 +62,10 @@ def test_sizes_are_read_off_the_weights():
       "4 places of the encoder are no square and a class token",
     ),
     (
+      lambda s: s.update({"encoder.encoder.embed_positions.weight": np.zeros(())}),
+      r"the table of the encoder's places is \(\)",
+    ),
+    (
       lambda s: s.update({"encoder.vision_embed.proj.weight": np.zeros((8, 3, 2, 1))}),
       "no convolution of square patches",
     ),
@@ -84,6 +88,16 @@ def test_fields_that_are_untold_or_told_are_named():
     names.import_tokenizer(state, {})
   with pytest.raises(ValueError, match=r"\['embed_dim'\] are told by the weights"):
     names.import_tokenizer(state, dict(num_heads=2, embed_dim=8))
+  with pytest.raises(ValueError, match=r"\['name'\] are told"):
+    names.import_tokenizer(state, dict(num_heads=2, name="x"))
+  with pytest.raises(ValueError, match="missing .*vision_embed"):
+    names.import_like({"foo": np.zeros(1)}, config)
+  # As many numbers in a patch, and as many patches.
+  config, _ = _state(image_size=8, patch_size=4, channels=1)
+  _, others = _state(image_size=4, patch_size=2, channels=4)
+  with pytest.raises(ValueError, match=r"proj.weight is \(8, 4, 2, 2\), and the model has"):
+    names.import_like(others, config)
+  config, _ = _state()
   _, others = _state(encoder_kind="vit")
   with pytest.raises(ValueError, match="encoder is a vit, and the model has 'beit3'"):
     names.import_like(others, config)

@@ -94,7 +94,7 @@ def _gradients(op):
 
 
 # A v5p has half the vector memory of the others, and gets the wider heads.
-_CHIPS = (("v5e:2x2", 64), ("v5p:2x2x1", 128), ("v6e:2x2", 128))
+_CHIPS = (("v5e:2x2", 64), ("v5e:2x2", 128), ("v5p:2x2x1", 128), ("v6e:2x2", 128))
 
 
 @pytest.mark.parametrize("topology,head_dim", _CHIPS)

@@ -92,6 +92,7 @@ def _shapes(batch, length, heads, head_dim, value_dim, *, per_token, dtype="bflo
   "topology,value_dim,per_token",
   [
     ("v5e:2x2", 256, True),
+    ("v5e:2x2", 512, False),
     ("v5p:2x2x1", 512, False),  # Of half the others' vector memory.
     ("v6e:2x2", 512, False),  # Of larger chunks than the others'.
     ("v6e:2x2", 256, True),
