@@ -190,18 +190,21 @@ def prepare(config: mixed.LatentDataConfig) -> LatentStore:
       f"{config.tokenizer_run!r} was trained on {tuple(c.media_shape)}; make them alike; "
       "lengths of sounds may differ, where they make whole latents."
     )
-  fingerprint = _fingerprint(tokenizer)
-  key = latent_store.digest(_contents(found), fingerprint)
+  # Two runs of one tokenizer have other parameters and hence other latents. What a configuration
+  # looks like may change while a run stays the same, and costs no more than to encode again.
+  sums = _sums(tokenizer)
+  identity = latent_store.digest(sums, dataclasses.asdict(c.noise), c.bottleneck)
+  key = latent_store.digest(_contents(found), sums, repr(c))
   path = prepare_text.cache_dir(config.cache_dir) / "latents" / key
   if path.exists():
     logger.info("Latents: %s.", path)
     store = latent_store.read(path)
-    return dataclasses.replace(store, meta=dict(store.meta) | {"latent_tokenizer": fingerprint})
+    return dataclasses.replace(store, meta=dict(store.meta) | {"latent_tokenizer": identity})
   corpus, split = found.summary["corpus"], found.splits["train"]
   logger.info("Encoding %s by %s into %s.", corpus, config.tokenizer_run, path)
   meta = dict(
     key=key,
-    latent_tokenizer=fingerprint,
+    latent_tokenizer=identity,
     modality=config.modality,
     dim=c.dim,
     noise=dataclasses.asdict(c.noise),
@@ -250,11 +253,10 @@ def _contents(found: media.MediaData) -> tuple[Any, ...]:
   return found.summary, list(collection.class_names), repr(collection.transform), items
 
 
-def _fingerprint(tokenizer: TrainedTokenizer) -> str:
-  """Two runs of one tokenizer have other parameters and hence other latents."""
+def _sums(tokenizer: TrainedTokenizer) -> list[float]:
+  """Of magnitudes, one for each array of parameters."""
   leaves = jax.tree.leaves(jax.device_get(tokenizer.params))
-  sums = [float(np.abs(np.asarray(x, np.float64)).sum()) for x in leaves]
-  return latent_store.digest(sums, repr(tokenizer.model.config))
+  return [float(np.abs(np.asarray(x, np.float64)).sum()) for x in leaves]
 
 
 def _encode(tokenizer: TrainedTokenizer, rows: media.MediaRows, name: str) -> Iterator[LatentItem]:
