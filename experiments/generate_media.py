@@ -38,7 +38,10 @@ BLOCK_SIZE = flags.DEFINE_integer(
   f"Latents between two pieces of a sound that grows; {_BLOCK_SIZE} if not given.",
   lower_bound=1,
 )
-FLAGS = (CLASSES, CAPTION, GUIDANCE, NUM_STEPS, SOLVER, BLOCK_SIZE)
+MODALITY = flags.DEFINE_string(
+  "modality", None, "What to draw, of a model of several modalities; the first if not given."
+)
+FLAGS = (CLASSES, CAPTION, GUIDANCE, NUM_STEPS, SOLVER, BLOCK_SIZE, MODALITY)
 
 logger = logging.getLogger("latentlab.generate")
 
@@ -73,26 +76,27 @@ def main(
   Raises:
     ValueError: the flags ask for what the model does not do.
   """
-  generator = run.task.generator(run.params, run.data)
+  task, data, modality = _of_modality(run)
+  generator = task.generator(run.params, data)
   logger.info("Sampling from step %d of %s.", run.step, workdir)
   if CAPTION.value:
     if prompts or CLASSES.value:
       raise ValueError("--caption writes texts of images: leave --prompt and --classes out.")
     _write_captions(generator, num_tokens, tokens, seed)
     return
-  asked = _asked(run.data, prompts)
+  asked = _asked(data, prompts)
   each = [a for a in asked for _ in range(num_samples)]
   key = jax.random.key(seed)
-  folder = pathlib.Path(output or pathlib.Path(workdir) / "samples")
+  folder = pathlib.Path(output or media_sample.folder(workdir, run.data, modality))
   if folder.exists() and not folder.is_dir():
     raise ValueError(f"--output={str(folder)!r} is a file; give a folder.")
-  arguments = [t for _, t in each], _settings(run.config.sample, temperature, run.task.levels), key
+  arguments = [t for _, t in each], _settings(run.config.sample, temperature, task.levels), key
   if _streams(generator, stream):
     paths, lengths = _stream(generator, *arguments, folder)
   else:
     drawn = generator(*arguments)
-    columns = num_samples if num_samples > 1 else media_sample.columns(run.data, len(each))
-    paths = media_sample.write(drawn.media, folder, columns, run.data.summary["sample_rate"])
+    columns = num_samples if num_samples > 1 else media_sample.columns(data, len(each))
+    paths = media_sample.write(drawn.media, folder, columns, data.summary["sample_rate"])
     lengths = drawn.lengths
   lines = [
     dict(what | {"sample": i % num_samples, "seed": seed, "step": run.step, "latents": length})
@@ -103,6 +107,15 @@ def main(
   listing.write_text(text, "utf-8")
   for path in (*paths, listing):
     print(path)
+
+
+def _of_modality(run: Any) -> tuple[Any, Any, str]:
+  """The task and the data of what is drawn, and its name."""
+  names = list(run.data.parts) or [run.data.config.modality]
+  modality = names[0] if MODALITY.value is None else MODALITY.value
+  if modality not in names:
+    raise ValueError(f"--modality={modality!r} is unknown; choose one of {names}.")
+  return run.task.of(modality), run.data.of(modality), modality
 
 
 def _streams(generator: Any, stream: bool | None) -> bool:

@@ -14,20 +14,22 @@ HEAD = DiffusionHeadConfig(depth=1, mlp_ratio=2.0, num_draws=2)
 NOISE = dict(kind="gaussian_scale", std=0.5, per="example", on_sphere=False)
 
 
-def store(path, counts=(4,) * 6, noise=None, scales=False) -> latent_store.LatentStore:
+def store(
+  path, counts=(4,) * 6, noise=None, scales=False, name="image", dim=DIM
+) -> latent_store.LatentStore:
   """Items of the given lengths; a fourth as many are held out."""
   rng = np.random.default_rng(0)
 
   def items(counts):
     for i, count in enumerate(counts):
-      means = rng.normal(2.0, 3.0, (count, DIM)).astype(np.float32)
+      means = rng.normal(2.0, 3.0, (count, dim)).astype(np.float32)
       extra = np.abs(means) * 0.1 if scales else None
       yield LatentItem(means, i % NUM_CLASSES, ["a", "bcd", "ef"][i % 3], extra)
 
   meta = dict(
-    key="k",
-    modality="image",
-    dim=DIM,
+    key=f"key of {name}",
+    modality=name,
+    dim=dim,
     noise=noise or NOISE,
     num_latents=max(counts),
     num_classes=NUM_CLASSES,

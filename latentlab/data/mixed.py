@@ -10,7 +10,8 @@ latents,
 and `both` has each item once as `text` and once as `caption`. Documents of a row see only
 themselves. As the order of items is all that the papers' code has of a class-conditional sequence,
 `class` has no token before its run; elsewhere these switch the head on and off (LatentLM, section
-3.1, https://arxiv.org/abs/2412.08635).
+3.1, https://arxiv.org/abs/2412.08635). Documents of several modalities take turns, each as often as
+it is among them, and share rows.
 """
 
 import dataclasses
@@ -20,10 +21,11 @@ from typing import Any
 
 import numpy as np
 
+from latentlab.data import latent_store, tokenizers
 from latentlab.data import media as media_lib
-from latentlab.data import tokenizers
 from latentlab.data.batches import Batch, Data, check_place, shuffled
 from latentlab.data.latent_store import LatentItem, LatentSplit, LatentStore
+from latentlab.typing import Int
 
 CONDITIONS = ("class", "text", "caption", "both", "none")
 
@@ -43,6 +45,7 @@ class LatentDataConfig:
     seq_length: Places of a row; the longest document's if 0.
     documents_per_row: Documents packed into a row; as many as surely fit if 0.
     max_text: Tokens of text that a document has at most; longer texts are cut.
+    repeats: How often an epoch of training has each document, beside those of other modalities.
     cache_dir: As of `DataConfig`.
   """
 
@@ -54,6 +57,7 @@ class LatentDataConfig:
   seq_length: int = 0
   documents_per_row: int = 0
   max_text: int = 64
+  repeats: int = 1
   cache_dir: str = ""
 
   def __post_init__(self):
@@ -62,6 +66,8 @@ class LatentDataConfig:
     for name in ("seq_length", "documents_per_row", "max_text"):
       if getattr(self, name) < 0:
         raise ValueError(f"data.{name}={getattr(self, name)} must not be negative.")
+    if self.repeats < 1:
+      raise ValueError(f"data.repeats={self.repeats} must be at least 1.")
 
   @classmethod
   def of(cls, fields: Mapping[str, Any]) -> "LatentDataConfig":
@@ -170,30 +176,81 @@ class Documents:
 
 
 @dataclasses.dataclass(frozen=True)
-class LatentRows:
-  """A split as rows of packed documents.
+class Share:
+  """What one modality gives to the rows of a split.
 
   Attributes:
     split: Its items.
     documents: Makes their documents.
-    seq_length: `T`.
-    per_row: Documents of a row.
     dim: Channels `Z`.
     name: Of the modality.
-    pad_id: Fills rows.
+    repeats: How often each document comes.
   """
 
   split: LatentSplit
   documents: Documents
-  seq_length: int
-  per_row: int
   dim: int
   name: str
+  repeats: int = 1
+
+  @property
+  def num_documents(self) -> int:
+    return self.repeats * self._different
+
+  @property
+  def _different(self) -> int:
+    return len(self.split) * (2 if self.documents.condition == "both" else 1)
+
+  def document(self, number: int) -> Document:
+    caption_first, number = self.documents.condition == "text", number % self._different
+    if self.documents.condition == "both":
+      number, caption_first = number // 2, bool(number % 2)
+    return self.documents.make(self.split.item(number), caption_first)
+
+  def empty(self, shape: tuple[int, int]) -> Batch:
+    """Its fields of a batch, with nothing in them."""
+    names = ("latents", "next_latents")
+    if self.split.scales is not None:
+      names = (*names, "scales", "next_scales")
+    batch = {f"{name}/{self.name}": np.zeros((*shape, self.dim), np.float32) for name in names}
+    if self.split.codes is not None:
+      batch |= {f"{n}/{self.name}": np.zeros(shape, np.int32) for n in ("codes", "next_codes")}
+    return batch
+
+  def write(self, batch: Batch, row: int, place: int, document: Document) -> None:
+    """Writes a document's latents into a row, and what comes with them."""
+    item, here = document.item, slice(place, place + len(document.tokens) - 1)
+    fields = dict(latents=item.means, scales=item.scales, codes=item.codes)
+    for name, values in fields.items():
+      if values is None:
+        continue
+      whole = np.zeros((len(document.tokens), *values.shape[1:]), values.dtype)
+      whole[document.is_latent] = values
+      batch[f"{name}/{self.name}"][row, here] = whole[:-1]
+      batch[f"next_{name}/{self.name}"][row, here] = whole[1:]
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentRows:
+  """A split as rows of packed documents.
+
+  Attributes:
+    shares: Of each modality whose documents there are.
+    modalities: Of each that the model has, for what their places in a batch are like.
+    seq_length: `T`.
+    per_row: Documents of a row.
+    pad_id: Fills rows.
+  """
+
+  shares: tuple[Share, ...]
+  modalities: tuple[Share, ...]
+  seq_length: int
+  per_row: int
   pad_id: int
 
   @property
   def num_documents(self) -> int:
-    return len(self.split) * (2 if self.documents.condition == "both" else 1)
+    return sum(share.num_documents for share in self.shares)
 
   @property
   def num_rows(self) -> int:
@@ -203,27 +260,32 @@ class LatentRows:
     return shuffled(indices, self.num_rows, seed)
 
   def rows(self, indices: np.ndarray) -> Batch:
-    batch = _empty_batch(len(indices), self)
+    batch = self._empty(len(indices))
     for row, index in enumerate(indices.tolist()):
       place = 0
       for number, j in enumerate(range(index * self.per_row, (index + 1) * self.per_row)):
         if j < self.num_documents:
-          place = self._add(batch, row, place, number + 1, self._document(j))
+          place = self._add(batch, row, place, number + 1, *self._turns[:, j].tolist())
     return batch
 
-  def _document(self, number: int) -> Document:
-    caption_first = self.documents.condition == "text"
-    if self.documents.condition == "both":
-      number, caption_first = number // 2, bool(number % 2)
-    return self.documents.make(self.split.item(number), caption_first)
+  @functools.cached_property
+  def _turns(self) -> Int[np.ndarray, "2 documents"]:
+    """Of each document the share that it is from, and its number there: shares take turns."""
+    counts = [share.num_documents for share in self.shares]
+    shares = np.repeat(np.arange(len(counts)), counts)
+    numbers = np.concatenate([np.arange(count) for count in counts])
+    when = (numbers + 0.5) / np.array(counts)[shares]
+    return np.stack([shares, numbers])[:, np.argsort(when, kind="stable")]
 
-  def _add(self, batch: Batch, row: int, place: int, number: int, document: Document) -> int:
+  def _add(
+    self, batch: Batch, row: int, place: int, number: int, share_number: int, in_share: int
+  ) -> int:
     """Writes a document into a row; returns the place behind it."""
+    share = self.shares[share_number]
+    document = share.document(in_share)
     size = len(document.tokens) - 1
-    here, kind = slice(place, place + size), self.documents.modality + 1
+    here, kind = slice(place, place + size), share.documents.modality + 1
     inside = document.opens | document.is_latent
-    means = np.zeros((size + 1, self.dim), np.float32)
-    means[document.is_latent] = document.item.means
     fields = dict(
       inputs=document.tokens[:-1],
       targets=document.tokens[1:],
@@ -236,19 +298,19 @@ class LatentRows:
     )
     for name, values in fields.items():
       batch[name][row, here] = values
-    batch[f"latents/{self.name}"][row, here] = means[:-1]
-    batch[f"next_latents/{self.name}"][row, here] = means[1:]
-    if document.item.scales is not None:
-      scales = np.zeros_like(means)
-      scales[document.is_latent] = document.item.scales
-      batch[f"scales/{self.name}"][row, here] = scales[:-1]
-      batch[f"next_scales/{self.name}"][row, here] = scales[1:]
-    if document.item.codes is not None:
-      codes = np.zeros(size + 1, np.int32)
-      codes[document.is_latent] = document.item.codes
-      batch[f"codes/{self.name}"][row, here] = codes[:-1]
-      batch[f"next_codes/{self.name}"][row, here] = codes[1:]
+    share.write(batch, row, place, document)
     return place + size
+
+  def _empty(self, count: int) -> Batch:
+    shape = (count, self.seq_length)
+    names = ("kinds", "next_kinds", "modes", "segment_ids")
+    batch = {name: np.full(shape, self.pad_id, np.int32) for name in ("inputs", "targets")}
+    batch |= {name: np.zeros(shape, np.int32) for name in names}
+    batch["weights"] = np.zeros(shape, np.float32)
+    batch["droppable"] = np.zeros(shape, bool)
+    for share in self.modalities:
+      batch |= share.empty(shape)
+    return batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,19 +318,40 @@ class LatentData(Data):
   """Latents, ready to train on.
 
   Attributes:
-    config: What it was built from.
-    store: The latents.
-    documents: Makes documents, and prompts to draw from.
+    config: What it was built from, the first modality's where there are several.
+    store: The latents of that one.
+    documents: Makes its documents, and prompts to draw from.
+    parts: The data of each of several modalities alone, by name; none where there is one.
   """
 
   config: Any
   store: LatentStore
   documents: Documents
+  parts: Mapping[str, "LatentData"] = dataclasses.field(default_factory=dict)
 
   @functools.cached_property
   def media(self) -> media_lib.MediaData:
     """What the latents were made of."""
     return media_lib.build(self.config.media, 1)
+
+  def of(self, modality: str) -> "LatentData":
+    """The data of one modality alone; of another, `KeyError`."""
+    return self if modality == self.config.modality and not self.parts else self.parts[modality]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """What is known of one modality before its documents are made.
+
+  Attributes:
+    config: Its data.
+    store: Its latents.
+    stop: How its runs end; see `models.latentlm.ModalityConfig`.
+  """
+
+  config: LatentDataConfig
+  store: LatentStore
+  stop: str
 
 
 def build(
@@ -279,37 +362,35 @@ def build(
   batch_size: int,
   process_index: int = 0,
   process_count: int = 1,
+  *,
+  others: Sequence[Part] = (),
 ) -> LatentData:
-  """Rows of documents over a store of latents.
+  """Rows of documents over a store of latents, or over several.
 
   Args:
-    config: Fields of `config.data`.
+    config: Fields of `config.data`, which says how long rows are.
     store: The latents.
     tokens: `models.latentlm.SpecialTokens`.
     stop: How runs of latents end; see `models.latentlm.ModalityConfig`.
     batch_size: Rows of a global batch.
     process_index: This process.
     process_count: All processes.
+    others: Further modalities.
 
   Raises:
     ValueError: a document does not fit into a row, or the data lacks what documents are made of.
   """
   check_place(batch_size, process_index, process_count)
   tokenizer = tokenizers.ByteTokenizer()
-  documents = Documents(tokens, tokenizer, config.condition, config.max_text, stop)
-  if config.condition == "class" and any((s.labels < 0).any() for s in store.splits.values()):
-    raise ValueError(
-      "data.condition='class' needs a class of every item, and data.media has items without; "
-      "choose data.condition='none' or 'text'."
-    )
-  has_text = any(text for s in store.splits.values() for text in s.captions)
-  if config.condition in ("text", "caption", "both") and not has_text:
-    raise ValueError(
-      f"data.condition={config.condition!r} needs texts of items, and data.media has none; give a "
-      "text for each class in data.media.class_captions, or choose data.condition='class' or "
-      "'none'."
-    )
-  longest = max(documents.longest(split) for split in store.splits.values())
+  parts = (Part(config, store, stop), *others)
+  documents = [
+    Documents(tokens, tokenizer, p.config.condition, p.config.max_text, p.stop, number)
+    for number, p in enumerate(parts)
+  ]
+  for part in parts:
+    _check_condition(part)
+  pairs = list(zip(parts, documents, strict=True))
+  longest = max(d.longest(split) for p, d in pairs for split in p.store.splits.values())
   seq_length = config.seq_length or longest
   per_row = config.documents_per_row or seq_length // longest
   if per_row * longest > seq_length or per_row < 1:
@@ -317,52 +398,83 @@ def build(
       f"data.seq_length={seq_length} has no room for data.documents_per_row={per_row} documents of "
       f"up to {longest} items; lengthen it, or shorten data.max_text."
     )
-  make = functools.partial(
-    LatentRows,
-    documents=documents,
-    seq_length=seq_length,
-    per_row=per_row,
-    dim=store.meta["dim"],
-    name=config.modality,
-    pad_id=tokenizer.pad_id,
+  if missing := {n for p in others for n in set(store.splits) ^ set(p.store.splits)}:
+    raise ValueError(
+      f"of splits {sorted(missing)}, some modalities have media and some have none; give each the "
+      "same splits."
+    )
+  splits: dict[str, tuple[Share, ...]] = {
+    name: tuple(
+      Share(
+        p.store.splits[name],
+        d,
+        p.store.meta["dim"],
+        p.config.modality,
+        p.config.repeats if name == "train" else 1,
+      )
+      for p, d in pairs
+    )
+    for name in store.splits
+  }
+
+  def data(shown: slice, part: Part, its: Documents, **more: Any) -> LatentData:
+    rows = {
+      name: LatentRows(shares[shown], shares, seq_length, per_row, tokenizer.pad_id)
+      for name, shares in splits.items()
+    }
+    summary = _summary(part.store) | dict(
+      text_vocab_size=tokenizer.vocab_size,
+      train_rows=rows["train"].num_rows,
+      seq_length=seq_length,
+      documents_per_row=per_row,
+    )
+    return LatentData(
+      dataclasses.replace(part.config, seq_length=seq_length),
+      tokenizer,
+      rows,
+      rows["train"],
+      batch_size,
+      process_index,
+      process_count,
+      summary | more.pop("summary", {}),
+      part.store,
+      its,
+      **more,
+    )
+
+  if not others:
+    return data(slice(None), *pairs[0])
+  alone = {p.config.modality: data(slice(i, i + 1), p, d) for i, (p, d) in enumerate(pairs)}
+  keys = [p.store.meta["key"] for p in parts]
+  more = dict(
+    tokens_sha256=latent_store.digest(keys),
+    others={p.config.modality: _summary(p.store) for p in others},
   )
-  splits = {name: make(split) for name, split in store.splits.items()}
+  return data(slice(None), *pairs[0], summary=more, parts=alone)
+
+
+def _check_condition(part: Part) -> None:
+  """Raises if items lack what documents are made of."""
+  condition, splits = part.config.condition, part.store.splits.values()
+  if condition == "class" and any((s.labels < 0).any() for s in splits):
+    raise ValueError(
+      "data.condition='class' needs a class of every item, and data.media has items without; "
+      "choose data.condition='none' or 'text'."
+    )
+  has_text = any(text for s in splits for text in s.captions)
+  if condition in ("text", "caption", "both") and not has_text:
+    raise ValueError(
+      f"data.condition={condition!r} needs texts of items, and data.media has none; give a "
+      "text for each class in data.media.class_captions, or choose data.condition='class' or "
+      "'none'."
+    )
+
+
+def _summary(store: LatentStore) -> dict[str, Any]:
+  """What a store is, as a run keeps it."""
   lengths = np.concatenate([split.lengths for split in store.splits.values()])
-  summary = dict(store.meta) | dict(
-    text_vocab_size=tokenizer.vocab_size,
+  return dict(store.meta) | dict(
     num_latents=int(lengths.max()),  # A tokenizer may take longer media than there are.
     equal_lengths=bool((lengths == lengths[0]).all()),
-    train_rows=splits["train"].num_rows,
-    seq_length=seq_length,
-    documents_per_row=per_row,
     tokens_sha256=store.meta["key"],
   )
-  return LatentData(
-    dataclasses.replace(config, seq_length=seq_length),
-    tokenizer,
-    splits,
-    splits["train"],
-    batch_size,
-    process_index,
-    process_count,
-    summary,
-    store,
-    documents,
-  )
-
-
-def _empty_batch(count: int, rows: LatentRows) -> Batch:
-  shape = (count, rows.seq_length)
-  names = ("inputs", "targets", "kinds", "next_kinds", "modes", "segment_ids")
-  batch = {name: np.zeros(shape, np.int32) for name in names}
-  batch |= {name: np.full(shape, rows.pad_id, np.int32) for name in ("inputs", "targets")}
-  batch["weights"] = np.zeros(shape, np.float32)
-  batch["droppable"] = np.zeros(shape, bool)
-  latents: Sequence[str] = ("latents", "next_latents")
-  if rows.split.scales is not None:
-    latents = (*latents, "scales", "next_scales")
-  for name in latents:
-    batch[f"{name}/{rows.name}"] = np.zeros((*shape, rows.dim), np.float32)
-  if rows.split.codes is not None:
-    batch |= {f"{name}/{rows.name}": np.zeros(shape, np.int32) for name in ("codes", "next_codes")}
-  return batch

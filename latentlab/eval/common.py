@@ -10,6 +10,14 @@ from latentlab import ops
 from latentlab.data import Data, synthetic
 from latentlab.layers import AttentionConfig, DiffAttentionConfig
 
+_LOSSES = dict(latents="latent_loss", tokens="token_loss", stops="stop_loss")
+
+
+def loss_name(kind: str) -> str:
+  """What the loss of a kind of targets is called, of `latents`, say, or `latents/image`."""
+  name, _, modality = kind.partition("/")
+  return _LOSSES[name] + (f"_{modality}" if modality else "")
+
 
 def pick_model(task: Any, fields: Mapping[str, Any] | None, length: int, what: str) -> Any:
   """The task's model, or the one that differs from it in `fields` of `config.model`.

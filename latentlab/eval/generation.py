@@ -148,7 +148,7 @@ class Evaluator:
       indices = np.minimum(np.arange(start, start + min(_BATCH, len(rows))), rows[-1])
       batch = jax.tree.map(jnp.asarray, split.rows(indices))
       here, _ = task.draw_latents(params, batch, jax.random.fold_in(noise_key, start))
-      items = Items(batch["inputs"], batch["kinds"], {name: here})
+      items = Items(batch["inputs"], batch["kinds"], here)
       null = jnp.where(batch["droppable"], task.model.config.tokens.null, items.tokens)
       drawn = _draw_behind(
         task.model,
@@ -157,7 +157,7 @@ class Evaluator:
         items,
         null if settings.guidance != 1 else None,
         batch["segment_ids"],
-        row_keys(draw_key, start * here.shape[1] + np.arange(here[..., 0].size)),
+        row_keys(draw_key, start * split.seq_length + np.arange(batch["inputs"].size)),
         settings,
       )
       arrays = jax.device_get((drawn, batch["next_kinds"], batch["segment_ids"]))

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from latentlab.data import Data
-from latentlab.eval.common import add_sums
+from latentlab.eval.common import add_sums, loss_name
 from latentlab.typing import Params
 
 
@@ -42,16 +42,18 @@ class Evaluator:
     self._sums = compile(lambda p, batch, key: task.sums(p, batch, key, deterministic=True))
 
   def run(self, params: Params) -> Iterator[tuple[str, float]]:
-    """Yields `latent_loss`, `stop_loss` of a classifier, `token_loss` in nats and `perplexity`."""
+    """Yields `latent_loss`, `stop_loss` of a classifier, `token_loss` in nats and `perplexity`.
+
+    The first two of each modality, where there are several: `latent_loss_image`.
+    """
     totals, key = None, jax.random.key(self._seed)
     for i, batch in enumerate(self._batches):
       totals = add_sums(totals, self._sums(params, batch, jax.random.fold_in(key, i)))
     if totals is None:
       raise ValueError("The split has no batch.")
     sums, weights = totals
-    names = {"latents": "latent_loss", "tokens": "token_loss", "stops": "stop_loss"}
-    for name, metric in names.items():
-      if weights.get(name):
-        yield metric, float(sums[name] / weights[name])
+    for kind in sorted(sums):
+      if weights[kind]:
+        yield loss_name(kind), float(sums[kind] / weights[kind])
     if weights.get("tokens"):
       yield "perplexity", math.exp(min(float(sums["tokens"] / weights["tokens"]), 700.0))

@@ -41,6 +41,9 @@ EVALUATORS = {
   "speech": speech,
 }
 
+_OF_ALL = ("items",)
+"""Types whose evaluations are of all modalities, where none is named."""
+
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 """Compiles `(params, batch) -> arrays` for a layout; takes this process's rows as NumPy arrays."""
 
@@ -75,7 +78,8 @@ def build(evals: Mapping[str, Any], task: Any, data: Data, compile: Compile) -> 
   """Builds the evaluations of a config.
 
   Args:
-    evals: By name: `type`, a key of `EVALUATORS`; `every_steps`; and that evaluator's fields.
+    evals: By name: `type`, a key of `EVALUATORS`; `every_steps`; that evaluator's fields; and
+      `modality`, where there are several, for evaluations of one.
     task: What is trained.
     data: Where its splits come from.
     compile: Compiles for the layout of the parameters.
@@ -90,7 +94,7 @@ def build(evals: Mapping[str, Any], task: Any, data: Data, compile: Compile) -> 
   for name, section in evals.items():
     fields = dict(section)
     kind, every_steps = fields.pop("type", None), fields.pop("every_steps", None)
-    where = f"config.evals.{name}"
+    where, modality = f"config.evals.{name}", fields.pop("modality", None)
     if kind not in EVALUATORS:
       raise ValueError(f"{where}.type={kind!r} is unknown; choose one of {sorted(EVALUATORS)}.")
     if not isinstance(every_steps, int) or every_steps < 1:
@@ -101,10 +105,24 @@ def build(evals: Mapping[str, Any], task: Any, data: Data, compile: Compile) -> 
     ]
     if unknown := sorted(set(fields) - set(known)):
       raise ValueError(
-        f"{where} has unknown fields {unknown}; choose among {['type', 'every_steps', *known]}."
+        f"{where} has unknown fields {unknown}; choose among "
+        f"{['type', 'every_steps', 'modality', *known]}."
       )
     try:
-      built.append(Evaluation(name, evaluator(task, data, compile, **fields), every_steps))
+      of_modality = _of_modality(kind, modality, task, data)
+      built.append(Evaluation(name, evaluator(*of_modality, compile, **fields), every_steps))
     except ValueError as e:
       raise ValueError(f"{where}: {e}") from e
   return built
+
+
+def _of_modality(kind: str, modality: str | None, task: Any, data: Data) -> tuple[Any, Data]:
+  """The task and the data as an evaluation of a modality sees them; of all of them if `None`."""
+  names = list(getattr(data, "parts", {})) or [getattr(data.config, "modality", "")]
+  if modality is None:
+    if len(names) > 1 and kind not in _OF_ALL:
+      raise ValueError(f"type={kind!r} is of one modality; set modality to one of {names}.")
+    return task, data
+  if modality not in names:
+    raise ValueError(f"{modality=} is unknown; choose one of {names}.")
+  return task.of(modality), data.of(modality)

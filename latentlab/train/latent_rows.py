@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from latentlab.data import Data
+from latentlab.eval.common import loss_name
 from latentlab.models.latentlm import NOT_TRAINED, Normalizer, SpecialTokens
 from latentlab.ops.diffusion import NoiseSchedule
 from latentlab.ops.latents import Noise, behind_latents, to_sphere
@@ -52,10 +53,19 @@ class LatentRowsTask:
     return self.config.batch_size * self.seq_length
 
   def check_sample(self, data: Data) -> None:
-    media_sample.check(self.config, data, self.levels)
+    for name in data.parts or (data.config.modality,):
+      task = self.of(name)
+      media_sample.check(task.config, data.of(name), task.levels)
 
   def show_sample(self, params: Params, data: Data, workdir: pathlib.Path) -> None:
-    media_sample.show(self.config, self.generator(params, data), workdir)
+    for name in data.parts or (data.config.modality,):
+      generator = self.of(name).generator(params, data.of(name))
+      media_sample.show(generator.task.config, generator, media_sample.folder(workdir, data, name))
+
+  def of(self, modality: str) -> "LatentRowsTask":
+    """The same task, whose samples are of this modality; there is one."""
+    del modality
+    return self
 
   def text_sums(
     self, params: Params, batch: Batch
@@ -129,28 +139,31 @@ class DenoisingTask(LatentRowsTask):
       )
 
 
-_NAMES = dict(latents="latent_loss", tokens="token_loss", stops="stop_loss")
-
-
 def joint_loss(
   sums: Mapping[str, Array],
   weights: Mapping[str, Array],
   counts: Mapping[str, Array],
-  latent_weight: float,
+  scales: Mapping[str, float],
 ) -> LossTerms:
-  """The terms of an objective of a mean for each kind of target, over those of the whole step."""
-  scales = dict(latents=latent_weight)
+  """The terms of an objective of a mean for each kind of target, over those of the whole step.
+
+  Args:
+    sums: Summed losses by kind.
+    weights: How many targets they are of.
+    counts: How many the step has.
+    scales: Factors of means; 1 where none is given.
+  """
   # A step without any target of a kind has nothing to divide by, and nothing to divide.
   total = sum(scales.get(n, 1.0) * sums[n] / jnp.maximum(counts[n], 1.0) for n in sums)
   share = sum(weights.values()) / sum(counts[n] for n in sums)
-  metrics = {_NAMES[n]: (sums[n], jnp.maximum(weights[n], 1e-30)) for n in sums}
+  metrics = {loss_name(n): (sums[n], jnp.maximum(weights[n], 1e-30)) for n in sums}
   return LossTerms(total=total, weight=share, metrics=metrics)
 
 
 def mean_loss(kind: str, sums: Mapping[str, Array], weights: Mapping[str, Array]) -> LossTerms:
   """The terms of an objective that is the mean of one kind of targets."""
   total, weight = sums[kind], weights[kind]
-  return LossTerms(total, weight, {_NAMES[kind]: (total, jnp.maximum(weight, 1e-30))})
+  return LossTerms(total, weight, {loss_name(kind): (total, jnp.maximum(weight, 1e-30))})
 
 
 def draw_latents(
@@ -206,7 +219,8 @@ def draw_latents(
 def captioned(batch: Batch, special: SpecialTokens) -> Bool[Array, "B T"]:
   """Items of documents in which text follows latents."""
   ids = batch["segment_ids"]
-  text = behind_latents(batch["kinds"], ids) & (batch["inputs"] != special.end(0))
+  ends = jnp.array([special.end(i) for i in range(special.num_modalities)])
+  text = behind_latents(batch["kinds"], ids) & ~jnp.isin(batch["inputs"], ends)
   rows, length = ids.shape
   found = jnp.zeros((rows, length + 1), jnp.int32)
   found = found.at[jnp.arange(rows)[:, None], ids].max(text.astype(jnp.int32))
@@ -223,9 +237,17 @@ def dropped_prompts(batch: Batch, rate: float, key: Key[Array, ""]) -> Bool[Arra
 def check_latents(config: ml_collections.ConfigDict) -> None:
   """Raises a `ValueError` where fields of `config.latents` that tasks share are bad."""
   c = config.latents
-  for name in ("input", "target"):
-    if name in c and c[name] not in ("sample", "mean"):
-      raise ValueError(f"config.latents.{name}={c[name]!r} must be 'sample' or 'mean'.")
+  sections = {"config": config} | {
+    f"config.others.{name}": section for name, section in (config.get("others") or {}).items()
+  }
+  for where, section in sections.items():
+    for name in ("input", "target"):
+      value = section.latents.get(name, "mean")
+      if value not in ("sample", "mean"):
+        raise ValueError(f"{where}.latents.{name}={value!r} must be 'sample' or 'mean'.")
+    weight = section.latents.get("loss_weight", 1.0)
+    if not weight > 0:
+      raise ValueError(f"{where}.latents.loss_weight={weight} must be positive.")
   if not 0 <= c.prompt_dropout < 1:
     raise ValueError(f"config.latents.prompt_dropout={c.prompt_dropout} is not in [0, 1).")
 

@@ -1,7 +1,8 @@
 """Training of a LatentLM: cross-entropy of tokens and the heads' losses of latents.
 
 `L = L_LM + w L_latents` (https://arxiv.org/abs/2412.08635, section 3.2), each a mean over all
-targets of its kind in the step, however the batch was cut.
+targets of its kind in the step, however the batch was cut. Each of several modalities has a term
+and a weight of its own.
 """
 
 import dataclasses
@@ -50,18 +51,29 @@ class LatentLMTask(LatentRowsTask):
   Batches are those of `data.mixed`.
 
   Attributes:
-    noise: What was added to means when the tokenizer drew latents.
+    noises: By modality, what was added to means when the tokenizer drew latents.
+    sections: By modality, the fields of `config.latents` that are its own.
+    number: The modality that samples are of.
   """
 
-  noise: Noise
+  noises: Mapping[str, Noise]
+  sections: Mapping[str, ml_collections.ConfigDict]
+  number: int = 0
 
   def init(self, key: Key[Array, ""]) -> Params:
     return self.model.init(key, empty_items(self.model.config))["params"]
 
   @property
   def modality(self) -> ModalityConfig:
-    (modality,) = self.model.config.modalities
-    return modality
+    return self.model.config.modalities[self.number]
+
+  def of(self, modality: str) -> "LatentLMTask":
+    """The same task, whose samples are of this modality."""
+    names = [m.name for m in self.model.config.modalities]
+    if len(names) == 1 and modality == names[0]:
+      return self
+    config = latents_lib.config_of(self.config, modality)
+    return dataclasses.replace(self, config=config, number=names.index(modality))
 
   @property
   def levels(self) -> NoiseSchedule | None:
@@ -70,38 +82,55 @@ class LatentLMTask(LatentRowsTask):
 
   @property
   def flops_per_item(self) -> float:
-    m, language = self.modality, self.model.config.language
-    width = language.decoder.embed_dim
-    if isinstance(m.head, DiffusionHeadConfig | MarHeadConfig):
-      head = m.head.num_draws * m.head.flops_per_row(width, m.dim)
-    else:
-      head = 2 * m.head.num_params(width, m.dim)
-    return 3 * (flops_per_token(language, self.seq_length) + head)
+    language = self.model.config.language
+    width, heads = language.decoder.embed_dim, 0.0
+    for m in self.model.config.modalities:
+      if isinstance(m.head, DiffusionHeadConfig | MarHeadConfig):
+        head = m.head.num_draws * m.head.flops_per_row(width, m.dim)
+      else:
+        head = 2 * m.head.num_params(width, m.dim)
+      heads += head * self._capacity(m) / self.seq_length
+    return 3 * (flops_per_token(language, self.seq_length) + heads)
 
   @property
   def scores_tokens(self) -> bool:
     """Whether any target of the softmax is trained on."""
-    return not latents_lib.has_classes(self.config.data.condition) or self.modality.stop == "token"
+    first, *others = self.model.config.modalities
+    classes = latents_lib.has_classes(self.config.data.condition)
+    return bool(others) or not classes or first.stop == "token"
 
   def generator(self, params: Params, data: Data) -> media_sample.LatentGenerator:
     """Draws from the model with these parameters."""
     return media_sample.LatentGenerator(self, params, data)
 
   def count(self, batch: Batch) -> dict[str, Float[Array, ""]]:
-    counts = dict(tokens=batch["weights"].sum(), latents=(batch["next_kinds"] > 0).sum())
-    counts["stops"] = _asks_for_stop(batch).sum()
+    counts = dict(tokens=batch["weights"].sum())
+    for i in range(len(self.noises)):
+      counts[self._kind("latents", i)] = (batch["next_kinds"] == i + 1).sum()
+      counts[self._kind("stops", i)] = _asks_for_stop(batch, i).sum()
     return {name: x.astype(jnp.float32) for name, x in counts.items()}
+
+  def _kind(self, kind: str, number: int) -> str:
+    """What targets of a kind are called: by their modality too, where there are several."""
+    several = len(self.model.config.modalities) > 1
+    return f"{kind}/{self.model.config.modalities[number].name}" if several else kind
 
   def loss(
     self, params: Params, batch: Batch, key: Key[Array, ""], counts: Mapping[str, Array]
   ) -> LossTerms:
     sums, weights = self.sums(params, batch, key)
-    return latent_rows.joint_loss(sums, weights, counts, self.config.latents.loss_weight)
+    scales = {
+      self._kind("latents", i): self.sections[m.name].loss_weight
+      for i, m in enumerate(self.model.config.modalities)
+    }
+    return latent_rows.joint_loss(sums, weights, counts, scales)
 
   def sums(
     self, params: Params, batch: Batch, key: Key[Array, ""], *, deterministic: bool = False
   ) -> tuple[dict[str, Float[Array, ""]], dict[str, Float[Array, ""]]]:
     """Summed losses of `latents`, and of `tokens` and `stops` where there are any; their counts.
+
+    Of several modalities `latents/<name>` and `stops/<name>`.
 
     Args:
       params: Parameters.
@@ -109,7 +138,6 @@ class LatentLMTask(LatentRowsTask):
       key: Of the latents' noise, of the heads' draws, and of what training drops.
       deterministic: Whether nothing is dropped.
     """
-    m = self.modality
     noise_key, drop_key, head_key, dropout_key = jax.random.split(key, 4)
     here, following = self.draw_latents(params, batch, noise_key)
     tokens = batch["inputs"]
@@ -118,21 +146,25 @@ class LatentLMTask(LatentRowsTask):
       tokens = jnp.where(dropped, self.model.config.tokens.null, tokens)
     apply = functools.partial(self.model.apply, {"params": params})
     hidden, _ = apply(
-      Items(tokens, batch["kinds"], {m.name: here}),
+      Items(tokens, batch["kinds"], here),
       segment_ids=batch["segment_ids"],
       deterministic=deterministic,
       rngs={"dropout": dropout_key},
       method="hidden",
     )
-    sums = {"latents": self._latent_sum(apply, hidden, following, batch, head_key)}
-    weights = {"latents": batch["next_kinds"] > 0}
+    sums, weights = {}, {}
+    for i, m in enumerate(self.model.config.modalities):
+      kind, its_key = self._kind("latents", i), _folded(head_key, i)
+      sums[kind] = self._latent_sum(apply, hidden, following[m.name], batch, i, its_key)
+      weights[kind] = batch["next_kinds"] == i + 1
+      if m.stop == "classifier":
+        kind = self._kind("stops", i)
+        sums[kind] = self._stop_sum(apply, hidden, batch, i)
+        weights[kind] = _asks_for_stop(batch, i)
     if self.scores_tokens:
       nll = apply(hidden, batch["targets"], method="token_losses")
       weights["tokens"] = batch["weights"]
       sums["tokens"] = jnp.where(weights["tokens"] > 0, nll * weights["tokens"], 0.0).sum()
-    if m.stop == "classifier":
-      sums["stops"] = self._stop_sum(apply, hidden, batch)
-      weights["stops"] = _asks_for_stop(batch)
     return sums, {name: x.astype(jnp.float32).sum() for name, x in weights.items()}
 
   @property
@@ -141,53 +173,66 @@ class LatentLMTask(LatentRowsTask):
 
   def text_losses(self, params: Params, batch: Batch) -> Float[Array, "B T"]:
     """What each target costs in nats, latents being read as their means."""
-    m, variables = self.modality, {"params": params}
-    normalize = lambda x: self.model.apply(variables, m.name, x, method="normalize")
-    args = (batch, m.name, self.noise, "mean", "mean", normalize, jax.random.key(0))
-    here, _ = latent_rows.draw_latents(*args)
-    items = Items(batch["inputs"], batch["kinds"], {m.name: here})
+    variables = {"params": params}
+    here, _ = self._latents(params, batch, jax.random.key(0), as_means=True)
+    items = Items(batch["inputs"], batch["kinds"], here)
     options = dict(segment_ids=batch["segment_ids"], method="hidden")
     hidden, _ = self.model.apply(variables, items, **options)
     return self.model.apply(variables, hidden, batch["targets"], method="token_losses")
 
   def draw_latents(
     self, params: Params, batch: Batch, key: Key[Array, ""]
-  ) -> tuple[Float[Array, "B T Z"], Float[Array, "B T Z"]]:
-    """Normalised latents of the items that are read, and of those to be predicted."""
-    name, variables = self.modality.name, {"params": params}
-    normalize = lambda x: self.model.apply(variables, name, x, method="normalize")
-    args = (self.config.latents.input, self.config.latents.target, normalize, key)
-    return latent_rows.draw_latents(batch, name, self.noise, *args)
+  ) -> tuple[dict[str, Float[Array, "B T _"]], dict[str, Float[Array, "B T _"]]]:
+    """By modality, normalised latents of the items that are read, and of those to be predicted."""
+    return self._latents(params, batch, key)
 
-  def _latent_sum(self, apply, hidden, following, batch: Batch, key) -> Float[Array, ""]:
-    """Summed losses of the latents to be predicted, for which alone the head is run."""
-    mask = batch["next_kinds"] > 0
-    capacity = self._capacity
+  def _latents(self, params: Params, batch: Batch, key: Key[Array, ""], as_means: bool = False):
+    here, following = {}, {}
+    for i, (name, noise) in enumerate(self.noises.items()):
+      normalize = functools.partial(self.model.apply, {"params": params}, name, method="normalize")
+      section = self.sections[name]
+      how = ("mean", "mean") if as_means else (section.input, section.target)
+      drawn = latent_rows.draw_latents(batch, name, noise, *how, normalize, _folded(key, i))
+      here[name], following[name] = drawn
+    return here, following
+
+  def _latent_sum(
+    self, apply, hidden, following, batch: Batch, number: int, key
+  ) -> Float[Array, ""]:
+    """Summed losses of a modality's latents to be predicted, for which alone its head is run."""
+    m = self.model.config.modalities[number]
+    mask = batch["next_kinds"] == number + 1
+    capacity = self._capacity(m)
     if capacity < mask.shape[1]:
       places = jnp.argsort(~mask, axis=1, stable=True)[:, :capacity]
       mask = jnp.take_along_axis(mask, places, axis=1)
       hidden = jnp.take_along_axis(hidden, places[..., None], axis=1)
       following = jnp.take_along_axis(following, places[..., None], axis=1)
     following = jnp.where(mask[..., None], following, 0.0)
-    losses = apply(self.modality.name, hidden, following, key, method="latent_losses")
+    losses = apply(m.name, hidden, following, key, method="latent_losses")
     return jnp.where(mask, losses, 0.0).sum()
 
-  @property
-  def _capacity(self) -> int:
+  def _capacity(self, m: ModalityConfig) -> int:
     """Latents that a row holds at most; all its places where that is not known."""
-    m, per_row = self.modality, self.config.data.documents_per_row
+    per_row = self.config.data.documents_per_row
     return m.num_latents * per_row if m.num_latents and per_row else self.seq_length
 
-  def _stop_sum(self, apply, hidden, batch: Batch) -> Float[Array, ""]:
-    log_odds = apply(self.modality.name, hidden, method="stop_logits")
+  def _stop_sum(self, apply, hidden, batch: Batch, number: int) -> Float[Array, ""]:
+    name = self.model.config.modalities[number].name
+    log_odds = apply(name, hidden, method="stop_logits")
     over = batch["next_kinds"] == 0
     losses = jnp.where(over, jax.nn.softplus(-log_odds), jax.nn.softplus(log_odds))
-    return jnp.where(_asks_for_stop(batch), losses, 0.0).sum()
+    return jnp.where(_asks_for_stop(batch, number), losses, 0.0).sum()
 
 
-def _asks_for_stop(batch: Batch) -> Bool[Array, "B T"]:
-  """Places behind which a latent may come, or not."""
-  return (batch["modes"] > 0) & (batch["segment_ids"] > 0)
+def _folded(key: Key[Array, ""], number: int) -> Key[Array, ""]:
+  """A key for each modality; the first one's is the key itself."""
+  return jax.random.fold_in(key, number) if number else key
+
+
+def _asks_for_stop(batch: Batch, number: int) -> Bool[Array, "B T"]:
+  """Places behind which a latent of a modality may come, or not."""
+  return (batch["modes"] == number + 1) & (batch["segment_ids"] > 0)
 
 
 def build(config: ml_collections.ConfigDict, summary: Mapping[str, Any]) -> LatentLMTask:
@@ -196,25 +241,33 @@ def build(config: ml_collections.ConfigDict, summary: Mapping[str, Any]) -> Late
   Raises:
     ValueError: a field is unknown or bad.
   """
-  c = config.latents
   classes = latents_lib.has_classes(config.data.condition)
   num_classes = (summary["num_classes"] if config.data.condition == "class" else 1) * classes
-  tokens = SpecialTokens(summary["text_vocab_size"], 1, num_classes)
-  language = registry.build_config(config.model.to_dict(), vocab_size=tokens.vocab_size)
-  modality = ModalityConfig(
-    config.data.modality,
-    summary["dim"],
-    build_head(c.head.to_dict()),
-    summary["num_latents"] if summary["equal_lengths"] else None,
-    c.stop,
-    summary["mean"],
-    summary["std"],
-  )
   latent_rows.check_latents(config)
-  if not c.loss_weight > 0:
-    raise ValueError(f"config.latents.loss_weight={c.loss_weight} must be positive.")
-  model = LatentLM(LatentLMConfig(language, (modality,), tokens.text_vocab_size, num_classes))
-  return LatentLMTask(model, latent_rows.built(config, summary), Noise(**summary["noise"]))
+  parts = latents_lib.modalities(config)
+  summaries = {config.data.modality: summary} | dict(summary.get("others", {}))
+  if set(parts) != set(summaries):
+    raise ValueError(
+      f"the run's latents are of {sorted(summaries)}, and its config has {sorted(parts)}"
+    )
+  modalities = tuple(
+    ModalityConfig(
+      name,
+      summaries[name]["dim"],
+      build_head(part.latents.head.to_dict()),
+      summaries[name]["num_latents"] if summaries[name]["equal_lengths"] else None,
+      part.latents.stop,
+      summaries[name]["mean"],
+      summaries[name]["std"],
+    )
+    for name, part in parts.items()
+  )
+  tokens = SpecialTokens(summary["text_vocab_size"], len(modalities), num_classes)
+  language = registry.build_config(config.model.to_dict(), vocab_size=tokens.vocab_size)
+  model = LatentLM(LatentLMConfig(language, modalities, tokens.text_vocab_size, num_classes))
+  noises = {name: Noise(**summaries[name]["noise"]) for name in parts}
+  sections = {name: part.latents for name, part in parts.items()}
+  return LatentLMTask(model, latent_rows.built(config, summary), noises, sections)
 
 
 def head_fields(kind: str) -> dict[str, type]:

@@ -1,4 +1,8 @@
-"""Latents to train on: encoded once by a tokenizer of another run, found again by their digest."""
+"""Latents to train on: encoded once by a tokenizer of another run, found again by their digest.
+
+A run on several modalities has the first in `config.data`, `config.latents` and `config.tokenizer`,
+and each other one in a section of `config.others`, by name, with the same three.
+"""
 
 import dataclasses
 import functools
@@ -41,29 +45,80 @@ def of_latents(config: ml_collections.ConfigDict) -> bool:
   return config.data.get("source") == "latents"
 
 
+def modalities(config: ml_collections.ConfigDict) -> dict[str, ml_collections.ConfigDict]:
+  """By name of each modality the config that has its `data`, `latents` and `tokenizer`.
+
+  That of the first is the config itself.
+
+  Raises:
+    ValueError: a name stands twice, or is not that of a section's data; or the task is of one.
+  """
+  found, others = {config.data.modality: config}, config.get("others") or {}
+  if others and config.task.type != "latentlm":
+    raise ValueError(
+      f"config.task.type={config.task.type!r} is of one modality, and config.others has "
+      f"{sorted(others)}; 'latentlm' takes several."
+    )
+  for name in sorted(others):
+    if name in found:
+      raise ValueError(f"config.others.{name} is of the first modality's name; choose another.")
+    if others[name].data.modality != name:
+      raise ValueError(
+        f"config.others.{name}.data.modality={others[name].data.modality!r} must be its section's "
+        f"name, {name!r}."
+      )
+    found[name] = others[name]
+  return found
+
+
+def config_of(config: ml_collections.ConfigDict, modality: str) -> ml_collections.ConfigDict:
+  """The config of a run as if it were on one of its modalities alone."""
+  alone = ml_collections.ConfigDict(config.to_dict())
+  part = modalities(alone)[modality]
+  lengths = {name: config.data[name] for name in ("seq_length", "documents_per_row")}
+  with alone.unlocked():
+    alone.data, alone.tokenizer = part.data, part.get("tokenizer")
+    alone.latents = ml_collections.ConfigDict(alone.latents.to_dict() | part.latents.to_dict())
+    alone.data.update(lengths)
+    alone.others = ml_collections.ConfigDict()
+  return alone
+
+
 def resolved(
   config: ml_collections.ConfigDict, workdir: str | pathlib.Path
 ) -> ml_collections.ConfigDict:
-  """The config of a run with its tokenizer's place filled in, where it trains its own."""
-  if not of_latents(config) or config.data.tokenizer_run:
+  """The config of a run with its tokenizers' places filled in, where it trains its own."""
+  if not of_latents(config):
     return config
   config = config.copy_and_resolve_references()
-  config.data.tokenizer_run = str(pathlib.Path(workdir).absolute() / TOKENIZER)
+  for i, (name, part) in enumerate(modalities(config).items()):
+    if not part.data.tokenizer_run:
+      place = TOKENIZER if i == 0 else f"{TOKENIZER}_{name}"
+      part.data.tokenizer_run = str(pathlib.Path(workdir).absolute() / place)
   return config
 
 
-def needs_tokenizer(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> bool:
-  """Whether a run trains a tokenizer of its own, and has not done so to the end.
+def missing_tokenizers(
+  config: ml_collections.ConfigDict, workdir: str | pathlib.Path
+) -> list[tuple[ml_collections.ConfigDict, str]]:
+  """Tokenizers that a run trains itself and has not trained to the end: configs and workdirs.
 
   Args:
-    config: The experiment as it was asked for; one that names a tokenizer's run trains none.
+    config: The experiment as it was asked for; where it names a tokenizer's run it trains none.
     workdir: Of the run.
   """
-  if not of_latents(config) or config.data.tokenizer_run or not config.get("tokenizer"):
-    return False
-  saved = pathlib.Path(workdir) / TOKENIZER / "checkpoints"
-  steps = [int(p.name) for p in saved.iterdir() if p.name.isdigit()] if saved.is_dir() else []
-  return max(steps, default=0) < config.tokenizer.train_steps
+  if not of_latents(config):
+    return []
+  missing, places = [], modalities(resolved(config, workdir))
+  for name, part in modalities(config).items():
+    if part.data.tokenizer_run or not part.get("tokenizer"):
+      continue
+    place = pathlib.Path(places[name].data.tokenizer_run)
+    saved = place / "checkpoints"
+    steps = [int(p.name) for p in saved.iterdir() if p.name.isdigit()] if saved.is_dir() else []
+    if max(steps, default=0) < part.tokenizer.train_steps:
+      missing.append((part.tokenizer, str(place)))
+  return missing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,13 +215,26 @@ def build_data(config: ml_collections.ConfigDict) -> mixed.LatentData:
   Raises:
     ValueError: there is no tokenizer, or its latents and `config` do not fit.
   """
-  c = mixed.LatentDataConfig.of(config.data.to_dict())
+  first, *others = [
+    (mixed.LatentDataConfig.of(part.data.to_dict()), part.latents.stop)
+    for part in modalities(config).values()
+  ]
+  for c, _ in others:
+    if has_classes(c.condition):
+      raise ValueError(
+        f"config.others.{c.modality}.data.condition={c.condition!r}: classes are of the first "
+        "modality alone, as nothing stands between a class and its latents; choose 'text', "
+        "'caption' or 'both'."
+      )
+  c, stop = first
   store = prepare(c)
+  parts = [mixed.Part(other, prepare(other), its_stop) for other, its_stop in others]
   text = data_lib.ByteTokenizer()
   num_classes = 1 if c.condition == "none" else store.meta["num_classes"]
-  tokens = SpecialTokens(text.vocab_size, 1, num_classes if has_classes(c.condition) else 0)
+  num_classes = num_classes if has_classes(c.condition) else 0
+  tokens = SpecialTokens(text.vocab_size, 1 + len(parts), num_classes)
   place = jax.process_index(), jax.process_count()
-  return mixed.build(c, store, tokens, config.latents.stop, config.batch_size, *place)
+  return mixed.build(c, store, tokens, stop, config.batch_size, *place, others=parts)
 
 
 def has_classes(condition: str) -> bool:

@@ -86,9 +86,9 @@ def _train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> "_
   _check(config)
   workdir = pathlib.Path(workdir).absolute()
   asked, config = config, latents.resolved(config, workdir)
-  if latents.needs_tokenizer(asked, workdir):
-    logger.info("First the tokenizer, in %s.", config.data.tokenizer_run)
-    if _train(config.tokenizer, config.data.tokenizer_run).preempted:
+  for tokenizer, place in latents.missing_tokenizers(asked, workdir):
+    logger.info("First the tokenizer, in %s.", place)
+    if _train(tokenizer, place).preempted:
       # In its last step: the tokenizer is done, and this run has not begun.
       logger.warning("Told to stop behind the tokenizer; the same command goes on from there.")
       raise Preempted(0)
@@ -458,14 +458,18 @@ def _check_tokenizer(workdir: pathlib.Path, data: data_lib.Data) -> None:
 
 def _check_latents(workdir: pathlib.Path, data: data_lib.Data) -> None:
   """Raises if the run of `workdir` was trained on latents of another tokenizer."""
-  was = (saved(workdir / CORPUS) or {}).get("latent_tokenizer")
-  now = data.summary.get("latent_tokenizer")
-  if was and now and was != now:
-    raise ValueError(
-      f"The run of {str(workdir)!r} was trained on latents of the tokenizer {was}, and that of "
-      f"data.tokenizer_run={data.config.tokenizer_run!r} is {now}: the parameters know other "
-      "latents. Give the tokenizer that they were trained on, or start in another workdir."
-    )
+  before = saved(workdir / CORPUS) or {}
+  pairs = [(before, data)]
+  for name in data.summary.get("others", {}):
+    pairs.append((before.get("others", {}).get(name, {}), data.of(name)))
+  for summary, part in pairs:
+    was, now = summary.get("latent_tokenizer"), part.summary.get("latent_tokenizer")
+    if was and now and was != now:
+      raise ValueError(
+        f"The run of {str(workdir)!r} was trained on latents of the tokenizer {was}, and that of "
+        f"data.tokenizer_run={part.config.tokenizer_run!r} is {now}: the parameters know other "
+        "latents. Give the tokenizer that they were trained on, or start in another workdir."
+      )
 
 
 def _check_batches(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:

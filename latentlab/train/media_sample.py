@@ -160,11 +160,11 @@ class LatentGenerator(Generator):
   """
 
   def runs(self, prompts, settings, keys, **options):
-    model, m = self.task.model, self.task.modality
+    model, m, number = self.task.model, self.task.modality, self.task.number
     options = self.limits | options
     items = [p if isinstance(p, Items) else latent.prompt_items(model.config, p) for p in prompts]
     drawn = latent.generate_items(model, self.params, items, settings=settings, key=keys, **options)
-    runs = latent.drawn_latents(drawn, m.name)
+    runs = latent.drawn_latents(drawn, m.name, number)
     # At once: a call for each row would take as long as drawing them.
     whole = self.denormalize(np.concatenate(runs))
     runs = np.split(whole, np.cumsum([len(run) for run in runs])[:-1])
@@ -181,7 +181,7 @@ class LatentGenerator(Generator):
     model, name = self.task.model, self.task.modality.name
     args = (name, jnp.asarray(latents))
     normal = model.apply({"params": self.params}, *args, method="normalize")
-    return latent.begun(model.config, prompt, np.asarray(normal))
+    return latent.begun(model.config, prompt, np.asarray(normal), self.task.number)
 
   def captions(
     self,
@@ -278,8 +278,14 @@ def check(
     media_files.check_sample(data.summary["media_shape"], data.summary["sample_rate"])
 
 
-def show(config: ml_collections.ConfigDict, generator: Generator, workdir: pathlib.Path) -> None:
-  """Writes a picture of images, or sounds, into the workdir's `samples/`."""
+def folder(workdir: str | pathlib.Path, data: LatentData, modality: str) -> pathlib.Path:
+  """Where a run's samples are: those of several modalities lie apart."""
+  samples = pathlib.Path(workdir) / "samples"
+  return samples / modality if data.parts else samples
+
+
+def show(config: ml_collections.ConfigDict, generator: Generator, folder: pathlib.Path) -> None:
+  """Writes a picture of images, or sounds, into a folder."""
   count, data = config.sample.num_samples, generator.data
   if not count:
     return
@@ -289,8 +295,8 @@ def show(config: ml_collections.ConfigDict, generator: Generator, workdir: pathl
   generator = dataclasses.replace(generator, batch_size=min(count, generator.batch_size))
   prompts, _ = generator.prompts(count)
   drawn = generator(prompts, settings(config.sample), jax.random.key(config.seed))
-  paths = write(drawn.media, workdir / "samples", columns(data, count), data.summary["sample_rate"])
-  print("\nSamples: " + " ".join(str(p.relative_to(workdir)) for p in paths))
+  paths = write(drawn.media, folder, columns(data, count), data.summary["sample_rate"])
+  print("\nSamples: " + " ".join(str(p) for p in paths))
 
 
 def columns(data: LatentData, count: int) -> int:

@@ -78,7 +78,7 @@ def _decoded(
   cache = tokenizer.model.config.init_decode_cache(num_rows)
   for block in blocks:
     # Latents come first in every row: its prompt opens a run, and it ends with it.
-    runs = latent.drawn_latents(block, name)
+    runs = latent.drawn_latents(block, name, generator.task.number)
     padded = np.zeros((num_rows, block_size, dim), np.float32)
     for row, run in zip(padded, runs, strict=True):
       row[: len(run)] = run

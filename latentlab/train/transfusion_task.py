@@ -61,7 +61,8 @@ class TransfusionTask(DenoisingTask):
     self, params: Params, batch: Batch, key: Key[Array, ""], counts: Mapping[str, Array]
   ) -> LossTerms:
     sums, weights = self.sums(params, batch, key)
-    return latent_rows.joint_loss(sums, weights, counts, self.config.latents.loss_weight)
+    scales = dict(latents=self.config.latents.loss_weight)
+    return latent_rows.joint_loss(sums, weights, counts, scales)
 
   def sums(
     self, params: Params, batch: Batch, key: Key[Array, ""], *, deterministic: bool = False
@@ -194,8 +195,6 @@ def build(config: ml_collections.ConfigDict, summary: Mapping[str, Any]) -> Tran
       f"config.latents.stop={c.stop!r} of a Transfusion must be 'token', so that all latents of a "
       "run are read, and runs must be alike."
     )
-  if not c.loss_weight > 0:
-    raise ValueError(f"config.latents.loss_weight={c.loss_weight} must be positive.")
   classes = latents_lib.has_classes(condition)
   num_classes = (summary["num_classes"] if condition == "class" else 1) * classes
   tokens = SpecialTokens(summary["text_vocab_size"], 1, num_classes)

@@ -16,6 +16,7 @@ from experiments.configs.latentlm import common
 from latentlab.layers.diffusion_head import DiffusionHeadConfig
 from latentlab.layers.latent_heads import MixtureHeadConfig, RegressionHeadConfig, SolverSettings
 from latentlab.layers.mar_head import MarHeadConfig
+from latentlab.ops.latents import Noise
 from latentlab.train import latent_rows, latent_task, latents, media_sample, partition
 from latentlab.train.state import unbox
 from latentlab.train.step import init_state, make_step
@@ -50,7 +51,8 @@ class _Case:
   @functools.cached_property
   def draw(self):
     """Latents that are read and predicted, of a key."""
-    return jax.jit(lambda key: self.task.draw_latents(self.params, self.batch, key))
+    draw = jax.jit(lambda key: self.task.draw_latents(self.params, self.batch, key))
+    return lambda key: tuple(latents["image"] for latents in draw(key))
 
   @functools.cached_property
   def state(self):
@@ -250,7 +252,7 @@ def test_accumulation_divides_each_loss_by_its_own_count(case):
   here = case("text", "token", prompt_dropout=0.0, head="regression")
   task, batch = here.task, here.batch
   # Microbatches draw other noise; without any, they are parts of the whole.
-  task = latent_task.LatentLMTask(task.model, task.config, task.noise.__class__("none", 0.0))
+  task = dataclasses.replace(task, noises={"image": Noise("none", 0.0)})
   weights = batch["weights"].at[0].set(0.0)
   batch = batch | {"weights": weights}
   state = jax.jit(lambda key: init_state(task, key))(jax.random.key(0))

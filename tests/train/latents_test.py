@@ -116,7 +116,7 @@ def test_a_stop_in_a_tokenizers_last_step_stops_the_run(tmp_path, monkeypatch):
     loop.train(config, tmp_path / "run")
   assert e.value.step == 0
   assert [p.name for p in (tmp_path / "run").iterdir()] == [latents.TOKENIZER]
-  assert not latents.needs_tokenizer(config, tmp_path / "run")
+  assert not latents.missing_tokenizers(config, tmp_path / "run")
 
 
 def test_latents_are_found_again(prepared):

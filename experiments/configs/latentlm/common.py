@@ -56,17 +56,45 @@ def latentlm(
   """
   c = _over_latents(tokenizer, "latentlm", seed)
   c.model = _backbone()
-  c.latents = dict(
-    head=ml_collections.ConfigDict({"kind": head}),
-    stop="fixed",
-    loss_weight=1.0,
-    prompt_dropout=0.1,
-    input="sample",
-    target="sample",
-  )
-  for name, kind in head_fields(head).items():
-    c.latents.head[name] = config_dict.placeholder(kind)
+  c.latents = _drawn_by(head)
+  c.latents.prompt_dropout = 0.1
+  c.others = ml_collections.ConfigDict()
   return common.lock(c)
+
+
+def add_modality(
+  c: ml_collections.ConfigDict,
+  name: str,
+  tokenizer: ml_collections.ConfigDict,
+  *,
+  head: str = "diffusion",
+  **data: Any,
+) -> ml_collections.ConfigDict:
+  """Adds a kind of latents to a `latentlm`, in `c.others`; returns its section.
+
+  Its tokenizer is trained first, in `tokenizer_<name>/` of the workdir.
+
+  Args:
+    c: Config of the run.
+    name: Of the modality.
+    tokenizer: Config of its tokenizer's run.
+    head: Kind of its head.
+    **data: Fields of the section's `data`.
+  """
+  section = ml_collections.ConfigDict(dict(latents=_drawn_by(head), tokenizer=tokenizer))
+  section.data = _of_latents(tokenizer)
+  section.data.update(dict(modality=name) | data)
+  with c.unlocked():
+    c.others[name] = section
+  common.lock(c)
+  return c.others[name]
+
+
+def _drawn_by(head: str) -> ml_collections.ConfigDict:
+  """`latents` of a modality: its head, and what is asked of it."""
+  kinds = {name: config_dict.placeholder(kind) for name, kind in head_fields(head).items()}
+  fields = dict(stop="fixed", loss_weight=1.0, input="sample", target="sample")
+  return ml_collections.ConfigDict(dict(head={"kind": head} | kinds) | fields)
 
 
 def dit(
@@ -130,11 +158,7 @@ def _over_latents(
   """What runs over a tokenizer's latents have in common, whatever is trained on them."""
   c = common.run(seed=seed)
   c.task = dict(type=task, trainable=(".*",))
-  fields = {f.name: f.default for f in dataclasses.fields(LatentDataConfig) if f.name != "media"}
-  c.data = ml_collections.ConfigDict(fields)
-  c.data.media = (
-    media("digits") if tokenizer is None else tokenizer.data.copy_and_resolve_references()
-  )
+  c.data = _of_latents(tokenizer)
   c.sample = dict(num_samples=40, solver="dpm_2m", num_steps=20, guidance=1.0, temperature=1.0)
   c.sample.update(guidance_kind="constant", guidance_interval=(0.0, 1.0))
   c.sample.lambda_min = config_dict.placeholder(float)
@@ -143,6 +167,13 @@ def _over_latents(
   c.batch_size = 64
   c.evals.validation = dict(type="items", split="validation", every_steps=500, max_batches=0)
   return c
+
+
+def _of_latents(tokenizer: ml_collections.ConfigDict | None) -> ml_collections.ConfigDict:
+  """`config.data` over the latents of a tokenizer's own media."""
+  fields = {f.name: f.default for f in dataclasses.fields(LatentDataConfig) if f.name != "media"}
+  found = media("digits") if tokenizer is None else tokenizer.data.copy_and_resolve_references()
+  return ml_collections.ConfigDict(fields | dict(media=found))
 
 
 def _backbone() -> ml_collections.ConfigDict:
