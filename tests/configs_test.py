@@ -17,7 +17,7 @@ from latentlab import eval as eval_lib
 from latentlab.data import media, media_files, mixed
 from latentlab.models import latent_tokenizer
 from latentlab.models.language_model import num_params
-from latentlab.train import loop, metrics, optim
+from latentlab.train import latents, loop, metrics, optim
 from latentlab.train.tasks import build_task
 
 _CONFIGS = pathlib.Path(__file__).parent.parent / "experiments/configs"
@@ -49,8 +49,7 @@ _EVERY = list(
     for argument in _arguments(file)
   }.values()
 )
-_initialised = set()  # Models whose parameters this process has traced.
-_traced = set()  # Kinds of models whose losses this process has traced.
+_traced = set()  # Kinds of models whose parameters and losses this process has traced.
 _each = pytest.mark.parametrize("file, argument", _EVERY, ids=[f"{f}:{a}" for f, a in _EVERY])
 
 
@@ -81,10 +80,19 @@ def _task(config):
 
 def _summary(config):
   """What the data of latents would say of itself, of equal runs of one class in ten."""
-  mixed.LatentDataConfig.of(config.data.to_dict())
-  c = latent_tokenizer.build_config(config.tokenizer.model.to_dict())
+  first, *others = latents.modalities(config).values()
+  length = config.data.seq_length or 8 + max(
+    latent_tokenizer.build_config(part.tokenizer.model.to_dict()).num_latents
+    for part in (first, *others)
+  )
+  more = dict(text_vocab_size=258, seq_length=length, documents_per_row=1)
+  return _of_latents(first) | more | dict(others={p.data.modality: _of_latents(p) for p in others})
+
+
+def _of_latents(part):
+  mixed.LatentDataConfig.of(part.data.to_dict())
+  c = latent_tokenizer.build_config(part.tokenizer.model.to_dict())
   return dict(
-    text_vocab_size=258,
     dim=c.dim,
     num_latents=c.num_latents,
     equal_lengths=True,
@@ -92,8 +100,6 @@ def _summary(config):
     noise=dataclasses.asdict(c.noise),
     mean=0.0,
     std=1.0,
-    seq_length=config.data.seq_length or c.num_latents + 8,
-    documents_per_row=1,
     media_shape=list(c.media_shape),
     codebook_size=c.codebook_size,
   )
@@ -114,13 +120,14 @@ def _batch(config, task):
   batch = ints(shape, "inputs", "targets", "segment_ids") | floats(shape, "weights")
   if config.task.type == "language_model":
     return batch | ints(shape, "positions")
-  name, dim = config.data.modality, _summary(config)["dim"]
-  latents = [f"{part}/{name}" for part in ("latents", "next_latents")]
-  if _summary(config)["noise"]["kind"] == "learned":
-    latents += [f"{part}/{name}" for part in ("scales", "next_scales")]
-  if _summary(config)["codebook_size"]:
-    batch |= ints(shape, f"codes/{name}", f"next_codes/{name}")
-  batch |= ints(shape, "kinds", "next_kinds", "modes") | floats((*shape, dim), *latents)
+  for name, part in latents.modalities(config).items():
+    of_part = _of_latents(part)
+    fields = ["latents", "scales"] if of_part["noise"]["kind"] == "learned" else ["latents"]
+    names = [f"{n}{field}/{name}" for field in fields for n in ("", "next_")]
+    batch |= floats((*shape, of_part["dim"]), *names)
+    if of_part["codebook_size"]:
+      batch |= ints(shape, f"codes/{name}", f"next_codes/{name}")
+  batch |= ints(shape, "kinds", "next_kinds", "modes")
   return batch | {"droppable": jax.ShapeDtypeStruct(shape, jnp.bool_)}
 
 
@@ -129,18 +136,13 @@ def test_builds(file, argument):
   config = _config(file, argument)
   task = _task(config)
   assert optim.make_schedule(config.optimizer, config.train_steps)(0) > 0
-  tokenizer = config.get("tokenizer", {}).get("model")
-  sections = str([config.task, config.model, config.get("latents"), config.data, tokenizer])
-  if sections in _initialised:
-    return
-  _initialised.add(sections)
-  params = jax.eval_shape(task.init, jax.random.key(0))
   # Rows that differ in sizes alone have one program; names and switches say what they are made of.
   made_of = {k: x for k, x in config.model.items() if isinstance(x, str | bool) or x is None}
   kind = (str(config.task.type), *sorted((k, str(x)) for k, x in made_of.items() if k != "preset"))
   if kind in _traced:
     return
   _traced.add(kind)
+  params = jax.eval_shape(task.init, jax.random.key(0))
   batch = _batch(config, task)
   for group in task.groups:
     args = () if group.count is None else (jax.eval_shape(group.count, batch),)
@@ -160,8 +162,12 @@ def test_seed_and_smoke_are_arguments(file, argument):
   assert _config(file, argument, "seed=3").seed == 3
   small = _config(file, argument, "smoke")
   assert small.train_steps <= 20 and _task(small)
+
+
+@pytest.mark.parametrize("file", _FILES, ids=str)
+def test_an_unknown_argument_is_refused(file):
   with pytest.raises(ValueError, match="unknown config argument 'smok'"):
-    _config(file, argument, "smok")
+    _config(file, _arguments(file)[0], "smok")
 
 
 def _flat(fields, prefix=""):

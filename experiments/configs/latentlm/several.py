@@ -3,23 +3,22 @@ r"""Words, pictures and sounds in one model: LatentLM over two kinds of latents 
   python -m experiments.train --workdir=runs/several \
       --config=experiments/configs/latentlm/several.py:row=both
 
-Digits are drawn from their words, and named; the same words are said (or vowels, in the scale that
-needs no files). Each kind of latents has a tokenizer, a head and a pair of tokens around its runs
-of its own; one decoder and one softmax serve both (https://arxiv.org/abs/2412.08635, section 3).
-Rows are the model of both, and models of the same size of either alone, which see as many of its
-documents. The paper has no such table. Here it is, three seeds a row:
+Digits are drawn from their words, and named; vowels are said. Each kind of latents has a tokenizer, a
+head and a pair of tokens around its runs of its own; one decoder and one softmax serve both
+(https://arxiv.org/abs/2412.08635, section 3). Rows are the model of both, and models of the same
+size of either alone, which see as many of its documents. The paper has no such table:
 
   python -m experiments.tables --config=experiments/configs/latentlm/several.py \
       --scale=small --seeds=0,1,2
 
-Scales: `small`, with vowels; `spoken_digits`, as in `speech.py`: `-- --config.tokenizer.data.path=`
-and `--config.data.media.path=` of the row `speech` are, in the row `both`,
-`--config.others.speech.tokenizer.data.path=` and `--config.others.speech.data.media.path=`.
+A model of several kinds is told what to draw:
 
   python -m experiments.generate --workdir=runs/several --prompt=three --num_samples=4
   python -m experiments.generate --workdir=runs/several --prompt=a --modality=speech
 
-Other arguments: `row`; `smoke` for a run of seconds, on vowels; `seed`.
+Arguments: `row`; `scale`, of which there is one; `smoke` for a run of seconds; `seed`. Your own
+sounds: `--config.others.speech.tokenizer.data.path=`, and the same under
+`--config.others.speech.data.media`, with the fields that `speech.py` sets for files.
 """
 
 from experiments.configs import common
@@ -43,10 +42,7 @@ _SIZES = (
   "16 latents of 4 channels for 8x8 digits (scikit-learn's 1,797), 50 of 32 a second of sound; "
   "three layers of width 64, 1200 steps of 32 documents, half of each kind, and 600 of one alone."
 )
-SCALES = {
-  "small": f"240 vowels of 6 made-up speakers, and digits both ways. {_SIZES}",
-  "spoken_digits": f"2,700 spoken digits of 6 speakers, and digits both ways. {_SIZES}",
-}
+SCALES = {"small": f"240 vowels of 6 made-up speakers, and digits both ways. {_SIZES}"}
 UNKNOWN = dict.fromkeys(METRICS)
 
 ROWS = {
@@ -60,8 +56,7 @@ _STEPS = 600  # Of one kind of documents.
 
 def get_config(arg=None):
   arg = common.parse_arg(arg, row=tuple(ROWS), scale=tuple(SCALES), smoke=False, seed=0)
-  scale = "small" if arg.smoke else arg.scale
-  sounds = speech.get_config(f"row=rate_50,scale={scale},seed={arg.seed}")
+  sounds = speech.get_config(f"row=rate_50,seed={arg.seed}")
   if arg.row == "speech":
     c = sounds
     evaluations = _of_speech(c)
@@ -73,7 +68,7 @@ def get_config(arg=None):
   if arg.row == "both":
     part = latentlm.add_modality(c, "speech", sounds.tokenizer, condition=sounds.data.condition)
     part.data.media, part.latents.stop = sounds.data.media, sounds.latents.stop
-    part.data.repeats = 1 if scale == "spoken_digits" else 12  # About as many as of digits.
+    part.data.repeats = 12  # About as many vowels as there are digits both ways.
     evaluations = {n: e | {"modality": c.data.modality} for n, e in evaluations.items()}
     evaluations |= {n: e | {"modality": "speech"} for n, e in _of_speech(sounds).items()}
     steps *= 2
