@@ -3,8 +3,8 @@ r"""Words, pictures and sounds in one model: LatentLM over two kinds of latents 
   python -m experiments.train --workdir=runs/several \
       --config=experiments/configs/latentlm/several.py:row=both
 
-Digits are drawn from their words, and named; vowels are said. Each kind of latents has a tokenizer, a
-head and a pair of tokens around its runs of its own; one decoder and one softmax serve both
+Digits are drawn from their words, and named; vowels are said. Each kind of latents has a tokenizer,
+a head and a pair of tokens around its runs of its own; one decoder and one softmax serve both
 (https://arxiv.org/abs/2412.08635, section 3). Rows are the model of both, and models of the same
 size of either alone, which see as many of its documents. The paper has no such table:
 
@@ -46,9 +46,9 @@ SCALES = {"small": f"240 vowels of 6 made-up speakers, and digits both ways. {_S
 UNKNOWN = dict.fromkeys(METRICS)
 
 ROWS = {
-  "both": dict(about="one model of both", expected=UNKNOWN),
   "images": dict(about="pictures alone", expected=UNKNOWN, metrics=dict.fromkeys(SPEECH)),
   "speech": dict(about="sounds alone", expected=UNKNOWN, metrics=dict.fromkeys(IMAGES)),
+  "both": dict(about="one model of both", expected=UNKNOWN),
 }
 
 _STEPS = 600  # Of one kind of documents.
