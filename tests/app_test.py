@@ -1,10 +1,10 @@
 """Flags, and what a user is told who got one wrong."""
 
 import os
-import pathlib
 import subprocess
 import sys
 
+import forked_binaries
 import pytest
 from absl import flags
 
@@ -18,7 +18,6 @@ def get_config(arg=None):
   arg = common.parse_arg(arg, row=("small", "large"), smoke=False, seed=0)
   return common.language_model(seed=arg.seed)
 """
-ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -104,30 +103,19 @@ def test_config_may_be_optional(parse):
   assert flags.FLAGS.config is None
 
 
-def test_a_binary_fails_with_one_message(config_file, tmp_path):
-  """The whole way once: a bad value that only the trainer can see."""
-  command = [
-    sys.executable,
-    "-m",
-    "experiments.train",
-    f"--config={config_file}",
-    f"--workdir={tmp_path}",
-    "--config.data.path=/nowhere/text.txt",
-  ]
-  env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-  result = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
-  assert result.returncode == 1
-  assert "Error: " in result.stderr and "/nowhere/text.txt" in result.stderr
-  assert "Traceback" not in result.stderr
-  result = subprocess.run(
-    [*command, "--num_processes=2"], env=env, cwd=tmp_path, capture_output=True, text=True
-  )
-  assert result.returncode == 1 and "need --coordinator_address" in result.stderr
-  result = subprocess.run(
-    [*command, "--coordinator_address=auto"], env=env, cwd=tmp_path, capture_output=True, text=True
-  )
-  assert result.returncode == 1 and "Slurm, Open MPI, Cloud TPU" in result.stderr
-  assert "Traceback" not in result.stderr
+def test_a_binary_fails_with_one_message(config_file, tmp_path, monkeypatch):
+  """The whole way: a bad value that only the trainer can see, and hosts that cannot meet."""
+  monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")  # A fork cannot start anew.
+  where = f"--config={config_file}", f"--workdir={tmp_path}"
+  args = (*where, "--config.data.path=/nowhere/text.txt")
+  for more, message in (
+    ((), "/nowhere/text.txt"),
+    (("--num_processes=2",), "need --coordinator_address"),
+    (("--coordinator_address=auto",), "Slurm, Open MPI, Cloud TPU"),
+  ):
+    code, _, errors = forked_binaries.run("train", *args, *more)
+    assert code == 1 and "Error: " in errors and message in errors, errors
+    assert "Traceback" not in errors
 
 
 def test_arguments_of_a_config_file():

@@ -182,11 +182,18 @@ def _flat(fields, prefix=""):
 
 
 def _one_of_each_kind(configs):
-  """Their evaluations, without those that differ from one before them in numbers alone."""
+  """Their evaluations, without those that differ from one before them in numbers alone.
+
+  Those that draw are dear: one of each type, and none where others draw it.
+  """
   seen, evals = set(), {}
   for number, config in enumerate(configs):
     for name, fields in config.evals.to_dict().items():
       kind = tuple((f, x if isinstance(x, str) else None) for f, x in sorted(_flat(fields).items()))
+      if fields["type"] in ("captions", "generation", "speech"):
+        kind = fields["type"]
+        if config.get("others"):
+          continue
       if kind not in seen:
         seen.add(kind)
         evals[f"{name}_of_{number}" if name in evals else name] = fields
@@ -194,17 +201,10 @@ def _one_of_each_kind(configs):
 
 
 def _kind_of_run(config):
-  """What a run is made of by its names and switches: the rest are numbers, paths and titles."""
-  ignored = "name", "preset", "dtype", "init", "path", "split_pattern"
-  flat = _flat({k: x for k, x in config.to_dict().items() if k not in ("evals", "expected")})
-  return tuple(
-    (f, x)
-    for f, x in sorted(flat.items())
-    if isinstance(x, str | bool)
-    and not f.startswith("tokenizer.evals.")
-    and f.removeprefix("tokenizer.").removeprefix("data.").removeprefix("media.") not in ignored
-    and f.removeprefix("tokenizer.").removeprefix("model.") not in ignored[1:]
-  )
+  """What of a run no test of a task, a model or a source has by itself: that they fit together."""
+  data, captions = config.data, config.data.get("condition") in ("caption", "both")
+  of_latents = data.get("modality"), captions, bool(config.get("others"))
+  return config.task.type, config.model.name, data.source, *of_latents
 
 
 def _runs():
@@ -224,7 +224,7 @@ def cache(tmp_path_factory):
 
 @pytest.mark.parametrize("files", _runs().values(), ids=_runs())
 def test_one_row_trains(files, cache, tmp_path):
-  """One run for files that differ in numbers alone, with every kind of their evaluations."""
+  """One run for files of one task over one kind of data, with every kind of their evaluations."""
   (tmp_path / "text.txt").write_text("Nobody expects the quick brown fox to jump again. " * 400)
   configs = [_config(file, _arguments(file)[-1], "smoke") for file in files]
   config = configs[-1]
@@ -237,10 +237,11 @@ def test_one_row_trains(files, cache, tmp_path):
     config.data.update(path=str(tmp_path / "sounds"), split_pattern="d")
   if "cache_dir" in config.data:
     config.data.cache_dir = str(cache)
-  if config.get("tokenizer"):
-    config.tokenizer.train_steps = config.tokenizer.checkpoint_steps = 2
-    config.tokenizer.evals = {}
-    config.sample.num_samples = config.tokenizer.sample.num_samples = 0  # Tested elsewhere.
+  for part in [config, *(config.get("others") or {}).values()]:
+    if part.get("tokenizer"):
+      part.tokenizer.train_steps = part.tokenizer.checkpoint_steps = 2
+      part.tokenizer.evals = {}
+      config.sample.num_samples = part.tokenizer.sample.num_samples = 0  # Tested elsewhere.
   config.train_steps = config.checkpoint_steps = 2
   evals = _one_of_each_kind(configs)
   config.evals = ml_collections.ConfigDict(evals)

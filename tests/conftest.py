@@ -15,9 +15,13 @@ import pytest
 # jax reads these when a test file first imports it; subprocesses that a test starts inherit them.
 PLATFORM = os.environ.get("LATENTLAB_TEST_PLATFORM", "cpu")
 os.environ["JAX_PLATFORMS"] = PLATFORM
-# Tests compile far longer than they run, so the CPU's compiler may leave its code as it is, and
-# fusions to its older emitters, which take half as long and which later releases have not.
-_UNOPTIMISED = ("--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true")
+# Tests compile far longer than they run, so the CPU's compiler may leave its code as it is, and in
+# one piece; and fusions to its older emitters, half as long a way that later releases have not.
+_UNOPTIMISED = (
+  "--xla_backend_optimization_level=0",
+  "--xla_llvm_disable_expensive_passes=true",
+  "--xla_cpu_parallel_codegen_split_count=1",
+)
 _OLDER_EMITTERS = (
   ("--xla_cpu_use_fusion_emitters=false",)
   if importlib.metadata.version("jaxlib").startswith("0.10.")

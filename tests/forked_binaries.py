@@ -23,7 +23,7 @@ def run(module: str, *args: object) -> tuple[int, str, str]:
     process = _CONTEXT.Process(target=_main, args=options)
     process.start()
     process.join()
-    output, errors = (pathlib.Path(file).read_text() for file in files)
+    output, errors = (pathlib.Path(file).read_text("utf-8") for file in files)
   return process.exitcode, output, errors
 
 

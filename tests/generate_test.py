@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import forked_binaries
 import pytest
 
 from experiments.configs import common
@@ -43,8 +44,6 @@ def _python(*args):
 
 def test_samples(workdir, tmp_path):
   args = (
-    "-m",
-    "experiments.generate",
     f"--workdir={workdir}",
     "--prompt=Zwölf",
     "--prompt=",
@@ -53,8 +52,8 @@ def test_samples(workdir, tmp_path):
     "--top_p=0.98",
     "--seed=5",
   )
-  streamed = _python(*args, f"--output={tmp_path}/a.jsonl")
-  assert streamed.returncode == 0, streamed.stderr
+  code, streamed, errors = forked_binaries.run("generate", *args, f"--output={tmp_path}/a.jsonl")
+  assert code == 0, errors
   lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text("utf-8").splitlines()]
   assert [(x["prompt"], x["sample"]) for x in lines] == [
     ("Zwölf", 0),
@@ -62,7 +61,7 @@ def test_samples(workdir, tmp_path):
     ("", 0),
     ("", 1),
   ]
-  assert streamed.stdout == "".join(
+  assert streamed == "".join(
     f"--- prompt {i // 2 + 1}, sample {i % 2 + 1}\n{x['prompt']}{x['text']}\n"
     for i, x in enumerate(lines)
   )
@@ -73,8 +72,9 @@ def test_samples(workdir, tmp_path):
     assert len(x["tokens"]) == 21 or x["finished"]
     assert 257 not in x["tokens"]
   # One sample alone, drawn at once, is the same as beside others.
-  alone = _python(*(a for a in args if a not in ("--prompt=", "--num_samples=2")), "--nostream")
-  assert alone.stdout == f"Zwölf{lines[0]['text']}\n", alone.stderr
+  args = (a for a in args if a not in ("--prompt=", "--num_samples=2"))
+  _, alone, errors = forked_binaries.run("generate", *args, "--nostream")
+  assert alone == f"Zwölf{lines[0]['text']}\n", errors
 
 
 _WRITE = r"""
@@ -161,15 +161,18 @@ def test_another_mask_for_the_same_parameters(workdir):
 
   def sampled(prompt, *more):
     args = (f"--workdir={workdir}", f"--prompt={prompt}", "--greedy", "--num_tokens=12", *more)
-    run = _python("-m", "experiments.generate", *args)
-    assert run.returncode == 0, run.stderr
-    return run.stdout.removeprefix(prompt)
+    code, output, errors = forked_binaries.run("generate", *args)
+    assert code == 0, errors
+    return output.removeprefix(prompt)
+
+  def refused(model):
+    code, _, errors = forked_binaries.run("generate", f"--workdir={workdir}", f"--model={model}")
+    assert code == 1
+    return errors
 
   window = "--model=mask=sliding_window,mask_size=2"
   # One layer: the last two tokens are all that is seen.
   assert sampled("abcxyz", window) == sampled("defghiyz", window)
   for text, message in (("mask_sise=2", "fields are"), ("mask_size=two", "is no int")):
-    failed = _python("-m", "experiments.generate", f"--workdir={workdir}", f"--model={text}")
-    assert failed.returncode == 1 and message in failed.stderr
-  failed = _python("-m", "experiments.generate", f"--workdir={workdir}", "--model=embed_dim=32")
-  assert failed.returncode == 1 and "changes parameters" in failed.stderr
+    assert message in refused(text)
+  assert "changes parameters" in refused("embed_dim=32")

@@ -10,14 +10,13 @@ import sys
 import tarfile
 import zipfile
 
+import forked_binaries
 import numpy as np
 import pytest
 from PIL import Image
 
 from latentlab import data
 from latentlab.data import packages
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 
 def _wheel(path):
@@ -155,17 +154,10 @@ def test_what_cannot_be_had(archive, monkeypatch, tmp_path):
 
 
 def test_the_binary_knows_what_is_of_images(tmp_path):
-  run = lambda *arguments: subprocess.run(
-    [sys.executable, "-m", "experiments.prepare", *arguments],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-  )
   for arguments, message in (
     (["--source=mnist", "--vocab_size=300"], "--vocab_size=300 means nothing where --source=mnist"),
     (["--archive=x.whl", f"--output={tmp_path}/a.bin"], "--archive=x.whl is of images"),
     (["--source=emoji", "--archive=none.tgz", f"--output={tmp_path}/e"], "'none.tgz' cannot be"),
   ):
-    result = run(*arguments)
-    assert result.returncode == 1 and message in result.stderr, result.stderr
-    assert "Traceback" not in result.stderr
+    code, _, errors = forked_binaries.run("prepare", *arguments)
+    assert code == 1 and message in errors and "Traceback" not in errors, errors

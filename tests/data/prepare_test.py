@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import forked_binaries
 import ml_collections
 import pytest
 
@@ -196,14 +197,6 @@ def test_output_is_checked_before_any_work(config, tmp_path, monkeypatch):
 
 
 def test_binary_fails_with_one_message(config, tmp_path):
-  def run(*arguments):
-    return subprocess.run(
-      [sys.executable, "-m", "experiments.prepare", *arguments],
-      cwd=ROOT,
-      capture_output=True,
-      text=True,
-    )
-
   output = f"--output={tmp_path / 'out.bin'}"
   for arguments, message in (
     (["--pth=x", output], "Unknown flag --pth (did you mean path?); choose among --debug, --sou"),
@@ -211,8 +204,8 @@ def test_binary_fails_with_one_message(config, tmp_path):
     ([], "--output is missing"),
     ([f"--path={tmp_path / 'none.txt'}", output], "none.txt"),
   ):
-    result = run(*arguments)
-    assert result.returncode == 1 and message in result.stderr, result.stderr
-    assert "Traceback" not in result.stderr
-  result = run(f"--path={config['path']}", f"--cache_dir={config['cache_dir']}", output)
-  assert "Encoding texts with bytes" in result.stderr and result.returncode == 0
+    code, _, errors = forked_binaries.run("prepare", *arguments)
+    assert code == 1 and message in errors and "Traceback" not in errors, errors
+  arguments = f"--path={config['path']}", f"--cache_dir={config['cache_dir']}", output
+  code, _, errors = forked_binaries.run("prepare", *arguments)
+  assert code == 0 and "Encoding texts with bytes" in errors

@@ -150,7 +150,7 @@ def test_no_races(interpreter):
 def test_tables_of_tiles_are_exact():
   """A tile is visited if it holds a pair that is seen; unmasked, if it holds no other."""
   rng = np.random.default_rng(0)
-  for _ in range(12):
+  for _ in range(6):
     length, kv_length = (int(x) for x in rng.integers(1, 40, 2))
     block, tile = (int(x) for x in rng.integers(1, 12, 2))
     causal = bool(rng.integers(2))
