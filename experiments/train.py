@@ -3,8 +3,12 @@
 python -m experiments.train --config=experiments/configs/quickstart.py --workdir=runs/a
 """
 
-from latentlab import app
-from latentlab.train import loop
+from latentlab import huge_pages
 
 if __name__ == "__main__":
-  app.run(loop.train, huge_pages=True)
+  huge_pages.restart()  # Before the imports that take seconds.
+
+  from latentlab import app
+  from latentlab.train import loop
+
+  app.run(loop.train)

@@ -16,7 +16,6 @@ import difflib
 import logging
 import os
 import pathlib
-import platform
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
@@ -51,7 +50,6 @@ def run(
   *,
   config_required: bool = True,
   flag_names: Sequence[str] = (),
-  huge_pages: bool = False,
 ) -> None:
   """Parses flags, joins the other hosts, and calls `main(config, workdir)`; does not return.
 
@@ -60,12 +58,7 @@ def run(
       message alone; any other error is ours and keeps its traceback.
     config_required: Whether `--config` must be given; if not, `main` gets `None` without it.
     flag_names: The binary's own flags, for the message about an unknown one.
-    huge_pages: Whether a process that computes on the CPU restarts itself where that gives it huge
-      pages; for binaries that run one large program many times.
   """
-  environment = huge_page_environment() if huge_pages and _computes_on_cpu() else {}
-  if environment:  # The same process, with the same arguments.
-    os.execve(sys.executable, sys.orig_argv, os.environ | environment)
   names = (*_OURS, *flag_names)
   app.run(
     lambda _: _run(main, config_required),
@@ -83,32 +76,6 @@ def run_tool(main: Callable[[], Any], *, flag_names: Sequence[str]) -> None:
       main()
 
   app.run(guarded, flags_parser=lambda argv: _parse_flags(argv, names))
-
-
-def huge_page_environment() -> dict[str, str]:
-  """What to start a process with for malloc to ask for huge pages; empty where that is no gain.
-
-  XLA's CPU backend allocates the temporaries of a program anew on each call, and glibc maps and
-  unmaps blocks of that size: each step of a trainer faults in every page of them, which is a fifth
-  of its time with small pages. glibc reads the wish once, at the start of a process.
-  """
-  libc, version = platform.libc_ver()
-  setting = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
-  # Under "[always]" there is nothing to ask for, under "[never]" nothing to get.
-  if libc != "glibc" or not setting.is_file() or "[madvise]" not in setting.read_text():
-    return {}
-  tunables = os.environ.get("GLIBC_TUNABLES", "")
-  if tuple(map(int, version.split("."))) < (2, 35) or "glibc.malloc.hugetlb" in tunables:
-    return {}
-  return {"GLIBC_TUNABLES": ":".join(filter(None, (tunables, "glibc.malloc.hugetlb=1")))}
-
-
-def _computes_on_cpu() -> bool:
-  """Whether jax will choose the CPU, as far as one can tell before it has started."""
-  if jax.config.jax_platforms:
-    return jax.config.jax_platforms.split(",")[0] == "cpu"
-  accelerators = ("nvidia[0-9]*", "kfd", "accel[0-9]*", "vfio/[0-9]*")
-  return not any(any(pathlib.Path("/dev").glob(name)) for name in accelerators)
 
 
 def _parse_flags(argv: Sequence[str], names: Sequence[str]) -> list[str]:

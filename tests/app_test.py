@@ -9,7 +9,7 @@ import pytest
 from absl import flags
 
 from experiments.configs import common
-from latentlab import app
+from latentlab import app, huge_pages
 
 CONFIG = """
 from experiments.configs import common
@@ -162,7 +162,7 @@ for _ in range(3):
   step(x, w).block_until_ready()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
-_HUGE_PAGES = app.huge_page_environment()
+_HUGE_PAGES = huge_pages.environment()
 _needs_huge_pages = pytest.mark.skipif(
   not _HUGE_PAGES, reason="malloc cannot ask for huge pages here, or has been told to"
 )
@@ -183,14 +183,14 @@ def test_huge_pages_save_page_faults():
 @_needs_huge_pages
 def test_restarts_once_with_huge_pages(monkeypatch):
   program = (
-    "import os, sys; from latentlab import app; app._run = lambda *_: print(os.getpid(), "
-    "os.environ['GLIBC_TUNABLES'], app._WORKDIR.value); print(os.getpid(), flush=True); "
-    "app.run(print, config_required=False, huge_pages=True)"
+    "import os, sys; from latentlab import huge_pages; print(os.getpid(), flush=True); "
+    "huge_pages.restart(); assert 'jax' not in sys.modules; "
+    "print(os.getpid(), os.environ['GLIBC_TUNABLES'], *sys.argv[1:])"
   )
   monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=8")
   done = subprocess.run(
     [sys.executable, "-c", program, "--workdir=a b"], capture_output=True, text=True, check=True
   )
   first, second, last = done.stdout.splitlines()
-  want = f"{first} glibc.malloc.arena_max=8:glibc.malloc.hugetlb=1 a b"
+  want = f"{first} glibc.malloc.arena_max=8:glibc.malloc.hugetlb=1 --workdir=a b"
   assert (second, last) == (first, want)

@@ -53,8 +53,9 @@ pytest.register_assert_rewrite(
 )
 
 _TESTS = pathlib.Path(__file__).parent
-# Models run most layers, and the main job's smoke run beside them the trainer.
-_QUICK = ("models", "ops", "pallas_kernels", "sample")
+# What changes with jax: ops, kernels of GPUs (which older ones refuse), and the models of language;
+# the main job's smoke run beside them is the trainer's and the sampler's.
+_QUICK = ("ops/", "models/language_model_test.py", "models/latentlm_test.py")
 _ONLY = {"cpu": "cpu_only", "cuda": "gpu_only", "tpu": "tpu_only"}
 
 
@@ -80,8 +81,9 @@ def _use_older_emitters() -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
   for item in items:
-    room = item.path.relative_to(_TESTS).parts[0]
-    if room in _QUICK and item.get_closest_marker("slow") is None:
+    path = item.path.relative_to(_TESTS).as_posix()
+    quick = path.startswith(_QUICK) or path.endswith("_gpu_test.py")
+    if quick and item.get_closest_marker("slow") is None:
       item.add_marker(pytest.mark.quick)
     for platform, marker in _ONLY.items():
       if item.get_closest_marker(marker) and platform != PLATFORM:

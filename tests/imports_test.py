@@ -16,6 +16,7 @@ _ALLOWED = {room: set(_ORDER[:i]) | {"typing"} for i, room in enumerate(_ORDER)}
 _ALLOWED |= {
   "__init__": set(),
   "typing": set(),
+  "huge_pages": set(),
   "pallas_kernels": set(),
   "data": {"typing"},
   "eval": _ALLOWED["sample"] | {"data", "sample"},
@@ -25,7 +26,7 @@ _ALLOWED |= {
 }
 _ALLOWED["train"] |= {"data", "eval"}
 _ALLOWED["app"] |= {"data", "eval"}
-_ALLOWED["experiments"] |= {"data", "eval", "horae", "interop"}
+_ALLOWED["experiments"] |= {"data", "eval", "horae", "huge_pages", "interop"}
 _OPTIONAL = {
   "huggingface_hub",
   "jiwer",

@@ -4,10 +4,9 @@ import json
 import math
 import os
 import pathlib
-import subprocess
-import sys
 import types
 
+import forked_binaries
 import ml_collections
 import numpy as np
 import pytest
@@ -368,7 +367,9 @@ def test_no_table():
 
 
 @pytest.mark.slow
-def test_runs_what_is_missing_and_goes_on_after_a_failure(table, tmp_path, overrides):
+def test_runs_what_is_missing_and_goes_on_after_a_failure(
+  table, tmp_path, overrides, monkeypatch, cpu_flags
+):
   """Four cells, two at a time: two are finished, one trains, one fails."""
   make = lambda: binary.make_cells(
     table,
@@ -384,10 +385,7 @@ def test_runs_what_is_missing_and_goes_on_after_a_failure(table, tmp_path, overr
   _finish(cells[2], 8.2, 9.3)
   cells[1].workdir.mkdir(parents=True)
   (cells[1].workdir / "checkpoints").write_text("in the way")
-  command = [
-    sys.executable,
-    "-m",
-    "experiments.tables",
+  arguments = [
     f"--config={CONFIG}",
     "--seeds=0,1",
     "--rows=no_gate",
@@ -396,20 +394,15 @@ def test_runs_what_is_missing_and_goes_on_after_a_failure(table, tmp_path, overr
     f"--output={tmp_path / 'results'}",
     "--num_workers=2",
   ]
-  env = {
-    **os.environ,
-    "XLA_FLAGS": "",
-    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-  }
-  call = lambda *flags: subprocess.run(
-    [*command, *flags, "--", *overrides], env=env, capture_output=True, text=True
-  )
+  monkeypatch.setenv("XLA_FLAGS", cpu_flags(1))
+  monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+  call = lambda *flags: forked_binaries.run("tables", *arguments, *flags, "--", *overrides)
 
-  ran = call()
-  assert ran.returncode == 1 and "Failed: no_gate/seed0" in ran.stderr, ran.stderr
-  assert "no_gate/seed0 FAILED with exit code 1" in ran.stderr
-  assert "no_gate/seed1: validation/perplexity" in ran.stderr
-  assert "Not finished: no_gate/seed0" in ran.stdout and "`no_gate`: no swish gate" in ran.stdout
+  code, printed, errors = call()
+  assert code == 1 and "Failed: no_gate/seed0" in errors, errors
+  assert "no_gate/seed0 FAILED with exit code 1" in errors
+  assert "no_gate/seed1: validation/perplexity" in errors
+  assert "Not finished: no_gate/seed0" in printed and "`no_gate`: no swish gate" in printed
   folder = tmp_path / "results/retnet"
   assert sorted(p.suffix for p in folder.glob("table6_ablations.*")) == [".json", ".md", ".png"]
   data = json.loads((folder / "table6_ablations.json").read_text())
@@ -418,6 +411,6 @@ def test_runs_what_is_missing_and_goes_on_after_a_failure(table, tmp_path, overr
   assert environments["no_gate/seed1"]["device"] and environments["no_gate/seed1"]["jax"]
 
   trained = (make()[3].workdir / "metrics.jsonl").read_text()
-  collected = call("--collect_only")
-  assert collected.returncode == 0 and collected.stdout == ran.stdout, collected.stderr
+  code, again, errors = call("--collect_only")
+  assert code == 0 and again == printed, errors
   assert (make()[3].workdir / "metrics.jsonl").read_text() == trained

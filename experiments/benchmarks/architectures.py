@@ -29,8 +29,7 @@ from tqdm import tqdm
 
 from experiments.benchmarks.train import REST_SECONDS, environment
 from experiments.configs import common
-from latentlab import sample
-from latentlab.app import huge_page_environment
+from latentlab import huge_pages, sample
 from latentlab.models import LanguageModel, build_config, flops_per_token, num_params, prefill
 from latentlab.train import partition, tasks
 
@@ -240,6 +239,6 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
   # As `experiments.train` does on a CPU: glibc reads the wish for huge pages when a process starts.
   jax.config.update("jax_platforms", "cpu")
-  if restart := huge_page_environment():
+  if restart := huge_pages.environment():
     os.execve(sys.executable, sys.orig_argv, os.environ | restart)
   app.run(main)

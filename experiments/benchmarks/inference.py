@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from experiments.benchmarks import peers, specs
 from experiments.benchmarks.train import ATTENTIONS, CHUNK_SIZES, REST_SECONDS, Worker, environment
-from latentlab.app import huge_page_environment
+from latentlab import huge_pages
 
 for _name in ("models", "rounds", "cores"):
   flags.declare_key_flag(_name)
@@ -446,7 +446,7 @@ def main(argv: Sequence[str]) -> None:
   batches, lengths, models = _numbers(_BATCHES), _numbers(_LENGTHS), flags.FLAGS.models
   if unknown := set(models) - set(specs.MODELS):
     raise app.UsageError(f"--models: unknown {sorted(unknown)}; choose among {list(specs.MODELS)}")
-  os.environ.update({"JAX_PLATFORMS": "cpu"} | huge_page_environment())
+  os.environ.update({"JAX_PLATFORMS": "cpu"} | huge_pages.environment())
   cores = sorted(os.sched_getaffinity(0))[: flags.FLAGS.cores]
   size, output = specs.SIZES[_SIZE.value], _OUTPUT.value and pathlib.Path(_OUTPUT.value)
   about = environment(cores) | dict(dtype="float32", rounds=flags.FLAGS.rounds)

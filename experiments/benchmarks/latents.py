@@ -33,8 +33,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from experiments.benchmarks.train import REST_SECONDS, environment
-from latentlab import ops, sample
-from latentlab.app import huge_page_environment
+from latentlab import huge_pages, ops, sample
 from latentlab.layers.diffusion_head import DiffusionHeadConfig
 from latentlab.layers.latent_heads import SolverSettings
 from latentlab.models import dit, init_cache, latentlm
@@ -521,6 +520,6 @@ def _summary(case: Mapping[str, Any]) -> str:
 if __name__ == "__main__":
   # As `experiments.train` does on a CPU: glibc reads the wish for huge pages when a process starts.
   jax.config.update("jax_platforms", "cpu")
-  if restart := huge_page_environment():
+  if restart := huge_pages.environment():
     os.execve(sys.executable, sys.orig_argv, os.environ | restart)
   app.run(main)

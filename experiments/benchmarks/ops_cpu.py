@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from experiments.benchmarks import specs
 from experiments.benchmarks.train import CHUNK_SIZES, REST_SECONDS, Worker, environment
-from latentlab.app import huge_page_environment
+from latentlab import huge_pages
 
 _OUTPUT = flags.DEFINE_string(
   "ops_output", "experiments/results/benchmarks/ops_cpu.json", "Where figures go; '' for nowhere."
@@ -307,7 +307,7 @@ def _match(name, who, option, want, got) -> None:
 def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"arguments without a flag: {argv[1:]}")
-  os.environ.update({"JAX_PLATFORMS": "cpu"} | huge_page_environment())
+  os.environ.update({"JAX_PLATFORMS": "cpu"} | huge_pages.environment())
   available = sorted(os.sched_getaffinity(0))
   cores, rounds = available[: flags.FLAGS.cores], flags.FLAGS.rounds
   result = environment(cores) | dict(dtype="float32", rounds=rounds, cases={})

@@ -26,7 +26,7 @@ import numpy as np
 from absl import app, flags
 
 from experiments.benchmarks import peers, specs
-from latentlab.app import huge_page_environment
+from latentlab import huge_pages
 
 _MODELS = flags.DEFINE_list("models", list(specs.MODELS), "Models to time.")
 _SIZES = flags.DEFINE_list("sizes", ["3m", "10m"], f"Sizes to time, of {', '.join(specs.SIZES)}.")
@@ -425,7 +425,7 @@ def main(argv: Sequence[str]) -> None:
     if unknown := set(flag.value) - set(known):
       raise app.UsageError(f"--{flag.name}: unknown {sorted(unknown)}; choose among {list(known)}")
   # Which the workers inherit: what `experiments.train` runs with, for the peers too.
-  os.environ.update({"JAX_PLATFORMS": "cpu"} | huge_page_environment())
+  os.environ.update({"JAX_PLATFORMS": "cpu"} | huge_pages.environment())
   available = sorted(os.sched_getaffinity(0))
   cores = available[: _CORES.value]
   if _CORES.value and _CORES.value > len(available):

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import pathlib
+import re
 import signal
 import sys
 import threading
@@ -40,6 +41,7 @@ _BATCH_FIELDS = (
   "batch_size",
   "seed",
   *(f"data.{name}" for name in ("seq_length", "packing", "condition", "documents_per_row")),
+  "data.repeats",
 )
 
 PREEMPTED_EXIT_CODE = 75
@@ -480,7 +482,8 @@ def _check_batches(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> 
   changed = [
     d
     for d in _differences(before, json.loads(config.to_json()))
-    if d.partition(":")[0].removeprefix("config.") in _BATCH_FIELDS
+    # Of any kind of latents.
+    if re.sub(r"^config\.(others\.\w+\.)?", "", d.partition(":")[0]) in _BATCH_FIELDS
   ]
   if changed:
     raise ValueError(

@@ -15,7 +15,8 @@ def _config(tmp_path, steps=4, tokenizer_run=""):
   c.train_steps, c.checkpoint_steps, c.tokenizer.train_steps = steps, 2, 4
   c.data.update(tokenizer_run=str(tokenizer_run), cache_dir=str(tmp_path / "cache"))
   del c.evals.generation
-  c.sample.num_samples = 0
+  c.tokenizer.evals = {}
+  c.sample.num_samples = c.tokenizer.sample.num_samples = 0
   return c
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from experiments.configs import common
-from latentlab import app
+from latentlab import huge_pages
 from latentlab.train import checkpoint, loop, metrics
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -36,18 +36,16 @@ def get_config():
 class _Binary:
   """`experiments.train` on one device, in a process of its own."""
 
-  def __init__(self, folder: pathlib.Path):
-    self.folder = folder
+  def __init__(self, folder: pathlib.Path, xla_flags: str):
+    self.folder, self.xla_flags = folder, xla_flags
     (folder / "config.py").write_text(CONFIG)
 
   def start(self, workdir: str, *flags: str) -> subprocess.Popen:
     # Compiled as the tests are, and with the huge pages that it would restart itself for.
-    flags_of_tests = os.environ.get("XLA_FLAGS", "").split()
-    xla_flags = [x for x in flags_of_tests if "device_count" not in x]
     env = {
       **os.environ,
-      **app.huge_page_environment(),
-      "XLA_FLAGS": " ".join([*xla_flags, "--xla_force_host_platform_device_count=1"]),
+      **huge_pages.environment(),
+      "XLA_FLAGS": self.xla_flags,
       "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
     command = [
@@ -77,8 +75,8 @@ class _Binary:
 
 
 @pytest.fixture(scope="module")
-def binary(tmp_path_factory):
-  return _Binary(tmp_path_factory.mktemp("resume"))
+def binary(tmp_path_factory, cpu_flags):
+  return _Binary(tmp_path_factory.mktemp("resume"), cpu_flags(1))
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ import pytest
 
 from experiments.configs.latentlm import common
 from latentlab import eval as eval_lib
-from latentlab.data import mixed
+from latentlab.data import files, mixed
 from latentlab.layers.latent_heads import SolverSettings
 from latentlab.models.latentlm import SpecialTokens
 from latentlab.sample import latent
-from latentlab.train import latent_task, latents
+from latentlab.train import latent_task, latents, loop, workdir_files
 from latentlab.train.state import unbox
 
 SOUND_DIM = 3
@@ -219,6 +219,27 @@ def test_tokenizers_of_all_kinds_are_trained_first(tmp_path):
   resolved = latents.resolved(config, tmp_path)
   assert resolved.data.tokenizer_run == str(tmp_path / "tokenizer")
   assert resolved.others.sound.data.tokenizer_run == "runs/of_another"
+
+
+def test_rows_of_another_kind_do_not_go_on(tmp_path):
+  config = _config()
+  (tmp_path / workdir_files.CONFIG).write_text(config.to_json())
+  loop._check_batches(config, tmp_path)
+  config.others.sound.data.repeats = 5
+  with pytest.raises(ValueError, match="batches: config.others.sound.data.repeats: .* -> 5"):
+    loop._check_batches(config, tmp_path)
+
+
+def test_latents_of_another_tokenizer_do_not_go_on(tmp_path, case):
+  """Of the second kind as of the first, whose check has a test of its own."""
+  data = case()[2]
+  summary = data.summary | {"others": {"sound": data.summary["others"]["sound"]}}
+  summary["others"]["sound"] = summary["others"]["sound"] | {"latent_tokenizer": "another"}
+  files.write_json(tmp_path / workdir_files.CORPUS, summary)
+  loop._check_latents(tmp_path, data)  # What is not known is not compared.
+  data.parts["sound"].summary["latent_tokenizer"] = "its own"
+  with pytest.raises(ValueError, match="of the tokenizer another, and that of .* is its own"):
+    loop._check_latents(tmp_path, data)
 
 
 def test_bad_sections(tmp_path, case):
