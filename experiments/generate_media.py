@@ -4,7 +4,6 @@ Written are `images.png` (a row of samples for each prompt) or a wav file for ea
 `samples.jsonl`, which says what was asked for. Sounds grow while they are drawn.
 """
 
-import contextlib
 import json
 import logging
 import math
@@ -144,13 +143,11 @@ def _stream(
   size = BLOCK_SIZE.value or _BLOCK_SIZE
   # Before there are files: what cannot be drawn leaves those that lie there as they are.
   blocks = media_stream.stream(generator, prompts, settings, key, block_size=size)
-  with contextlib.ExitStack() as stack:
-    rate = generator.data.summary["sample_rate"]
-    files = [stack.enter_context(WavWriter(path, rate)) for path in paths]
-    for pieces in tqdm.tqdm(blocks, unit="block", leave=False, disable=None):
-      for i, (file, piece) in enumerate(zip(files, pieces, strict=True)):
-        file.write(piece)
-        lengths[i] += len(piece) // hop
+  files = [WavWriter(path, generator.data.summary["sample_rate"]) for path in paths]
+  for pieces in tqdm.tqdm(blocks, unit="block", leave=False, disable=None):
+    for i, (file, piece) in enumerate(zip(files, pieces, strict=True)):
+      file.write(piece)
+      lengths[i] += len(piece) // hop
   return paths, lengths
 
 

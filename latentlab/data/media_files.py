@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import struct
 import wave
 from collections.abc import Sequence
 
@@ -62,15 +63,14 @@ def write_wav(path: str | os.PathLike, sound: np.ndarray, sample_rate: int) -> N
     raise ValueError(f"a sound of shape {sound.shape} for {str(path)!r} is empty.")
   _sixteen_bits(sound, path)  # Raises with the path as it was given.
 
-  def write(file: pathlib.Path) -> None:
-    with WavWriter(file, sample_rate) as wav:
-      wav.write(sound)
-
-  files.write(path, write)
+  files.write(path, lambda file: WavWriter(file, sample_rate).write(sound))
 
 
 class WavWriter:
-  """A wav file as of `write_wav` that grows: after each piece, all before it can be heard."""
+  """A wav file as of `write_wav` that grows: after each piece, all before it can be heard.
+
+  The file is open during a piece alone, so that thousands may grow side by side.
+  """
 
   def __init__(self, path: str | os.PathLike, sample_rate: int):
     """Begins the file, in the place of one that is there.
@@ -81,25 +81,28 @@ class WavWriter:
     """
     if sample_rate < 1:
       raise ValueError(f"{sample_rate=} of a wav file must be at least 1.")
-    self._path = pathlib.Path(path)
+    self._path, self._size = pathlib.Path(path), 0
     self._path.parent.mkdir(parents=True, exist_ok=True)
-    self._file = self._path.open("wb")
-    self._wav = wave.open(self._file, "wb")
-    self._wav.setnchannels(1)
-    self._wav.setsampwidth(2)
-    self._wav.setframerate(sample_rate)
+    with wave.open(str(self._path), "wb") as wav:
+      wav.setnchannels(1)
+      wav.setsampwidth(2)
+      wav.setframerate(sample_rate)
 
   def write(self, sound: np.ndarray) -> None:
     """Adds a piece, `[S]` or `[S, 1]` in [-1, 1], which it is clipped to."""
-    self._wav.writeframes(_sixteen_bits(sound, self._path))
-    self._file.flush()
+    content = _sixteen_bits(sound, self._path)
+    with self._path.open("r+b") as file:
+      file.seek(_WAV_HEADER + self._size)
+      file.write(content)
+      self._size += len(content)
+      # RIFF counts all behind its own size, the chunk of samples the samples.
+      for place, size in ((4, _WAV_HEADER - 8 + self._size), (_WAV_HEADER - 4, self._size)):
+        file.seek(place)
+        file.write(struct.pack("<I", size))
 
-  def __enter__(self) -> "WavWriter":
-    return self
 
-  def __exit__(self, *error: object) -> None:
-    self._wav.close()
-    self._file.close()
+_WAV_HEADER = 44
+"""Bytes before the first sample of what `wave` writes."""
 
 
 def _sixteen_bits(sound: np.ndarray, path: str | os.PathLike) -> bytes:

@@ -173,6 +173,8 @@ class Evaluator:
     pattern, `speaker_accuracy`, the part of each whose own speaker is the nearest of all.
     `mel_distance` of reconstructions.
     """
+    if self._prompt_seconds:
+      self._check_similarity()  # Before anything is drawn.
     generator = self._task.generator(params, self._data)
     drawn = generator(self._prompts, self._settings, jax.random.key(self._seed))
     yield from self._durations(drawn.lengths)
@@ -203,13 +205,7 @@ class Evaluator:
     self, generator: Any, reconstructed: Sequence[np.ndarray]
   ) -> Iterator[tuple[str, float]]:
     """Of the rest of utterances that go on behind their beginnings."""
-    count = max(1, round(self._prompt_seconds / self._seconds))
-    chosen = [i for i, means in enumerate(self._means) if len(means) > count]
-    if len(chosen) < 2:
-      raise ValueError(
-        f"prompt_seconds={self._prompt_seconds} leaves {len(chosen)} utterances that go on behind "
-        "it; shorten it."
-      )
+    count, chosen = self._prompt_latents, self._going_on
     # What training reads are draws, not means.
     noise, key = Noise(**self._data.store.meta["noise"]), jax.random.key(self._seed)
     items = [self._data.store.splits[self._split].item(i) for i in chosen]
@@ -233,19 +229,8 @@ class Evaluator:
       name: np.stack([self._embed(sound[cut:]) for sound in of]) for name, of in sounds.items()
     }
     if self._speaker_pattern:
-      names, speaking = sorted(self._speakers), [self._speaker(self._rows.names[i]) for i in chosen]
-      if unheard := sorted(set(speaking) - set(names)):
-        raise ValueError(
-          f"speaker_pattern={self._speaker_pattern!r} finds speakers of whom none of "
-          f"training's first {_MOST_REFERENCES} utterances is, {unheard[:3]}; mend it, or leave it "
-          "empty."
-        )
-      if len(names) < 2:
-        raise ValueError(
-          f"speaker_pattern={self._speaker_pattern!r} finds one speaker, {names[0]!r}, and "
-          "similarity is beside others; mend it, or leave it empty."
-        )
-      own = [names.index(speaker) for speaker in speaking]
+      names = sorted(self._speakers)
+      own = [names.index(self._speaker(self._rows.names[i])) for i in chosen]
       every = np.stack([self._speakers[name] for name in names])
     else:
       own = list(range(len(chosen)))
@@ -259,6 +244,37 @@ class Evaluator:
       if name == "similarity_real":
         strangers = np.array(own)[:, None] != np.arange(len(every))
         yield "similarity_others", float(cosines[strangers].mean())
+
+  def _check_similarity(self) -> None:
+    """Raises a `ValueError` where there is nothing to go on behind, or nobody to be like."""
+    if len(self._going_on) < 2:
+      raise ValueError(
+        f"prompt_seconds={self._prompt_seconds} leaves {len(self._going_on)} utterances that go on "
+        "behind it; shorten it."
+      )
+    if not self._speaker_pattern:
+      return
+    speaking = {self._speaker(self._rows.names[i]) for i in self._going_on}
+    if unheard := sorted(speaking - set(self._speakers)):
+      raise ValueError(
+        f"speaker_pattern={self._speaker_pattern!r} finds speakers of whom none of "
+        f"training's first {_MOST_REFERENCES} utterances is, {unheard[:3]}; mend it, or leave it "
+        "empty."
+      )
+    if len(self._speakers) < 2:
+      raise ValueError(
+        f"speaker_pattern={self._speaker_pattern!r} finds one speaker, {min(self._speakers)!r}, "
+        "and similarity is beside others; mend it, or leave it empty."
+      )
+
+  @property
+  def _prompt_latents(self) -> int:
+    return max(1, round(self._prompt_seconds / self._seconds))
+
+  @functools.cached_property
+  def _going_on(self) -> list[int]:
+    """Utterances that are longer than the beginnings that are given."""
+    return [i for i, means in enumerate(self._means) if len(means) > self._prompt_latents]
 
   @functools.cached_property
   def _prompts(self) -> list[np.ndarray]:

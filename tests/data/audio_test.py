@@ -201,15 +201,19 @@ def test_wav_files_are_read_back(tmp_path):
 
 def test_a_wav_file_grows(tmp_path):
   sound = np.random.default_rng(0).uniform(-1, 1, (70, 1))
-  with media_files.WavWriter(tmp_path / "new" / "a.wav", 8000) as wav:
-    for begin, end in ((0, 30), (30, 30), (30, 70)):
-      wav.write(sound[begin:end])
-      _, got = audio.decode((tmp_path / "new" / "a.wav").read_bytes(), "a.wav")
-      np.testing.assert_allclose(got, sound[:end], atol=5e-5)  # Whole, before it is closed.
-    with pytest.raises(ValueError, match="no numbers"):
-      wav.write(np.full(3, np.nan))
+  wav, grown = media_files.WavWriter(tmp_path / "new" / "a.wav", 8000), tmp_path / "new" / "a.wav"
+  for begin, end in ((0, 30), (30, 30), (30, 70)):
+    wav.write(sound[begin:end])
+    _, got = audio.decode(grown.read_bytes(), "a.wav")
+    np.testing.assert_allclose(got, sound[:end], atol=5e-5)  # Whole after each piece.
+  with pytest.raises(ValueError, match="no numbers"):
+    wav.write(np.full(3, np.nan))
   media_files.write_wav(tmp_path / "b.wav", sound, 8000)
-  assert (tmp_path / "b.wav").read_bytes() == (tmp_path / "new" / "a.wav").read_bytes()
+  assert (tmp_path / "b.wav").read_bytes() == grown.read_bytes()
+  with wave.open(str(tmp_path / "at_once.wav"), "wb") as at_once:
+    at_once.setparams((1, 2, 8000, 0, "NONE", ""))
+    at_once.writeframes(np.round(sound.ravel() * 32767).astype("<i2").tobytes())
+  assert (tmp_path / "at_once.wav").read_bytes() == grown.read_bytes()
   with pytest.raises(ValueError, match="is empty"):
     media_files.write_wav(tmp_path / "c.wav", sound[:0], 8000)
 
