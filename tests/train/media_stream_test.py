@@ -115,8 +115,10 @@ def test_only_sounds_of_a_latentlm_stream(case, drawn, tmp_path, monkeypatch):
 
 def _write(case, folder, stream, **flags):
   generator, config = case
+  task = types.SimpleNamespace(generator=lambda *_: generator, levels=generator.task.levels)
+  task.of = lambda modality: task
   run = types.SimpleNamespace(
-    task=types.SimpleNamespace(generator=lambda *_: generator, levels=generator.task.levels),
+    task=task,
     config=config,
     params=None,
     data=generator.data,
