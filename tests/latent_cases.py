@@ -64,3 +64,16 @@ def config(
   language = build_config(sizes, vocab_size=special.vocab_size)
   modality = ModalityConfig("image", DIM, head, num_latents, stop, mean=0.5, std=2.0)
   return latentlm.LatentLMConfig(language, (modality,), 258, special.num_classes)
+
+
+def check_resume(data) -> None:
+  """Asserts that an iterator goes on from another's state with the same batches."""
+  whole = [b for b, _ in zip(data.train_iterator(3), range(7), strict=False)]
+  iterator = data.train_iterator(3)
+  for _ in range(3):
+    next(iterator)
+  other = data.train_iterator(3)
+  other.set_state(iterator.get_state())
+  for want in whole[3:]:
+    got = next(other)
+    assert all((got[name] == x).all() for name, x in want.items())

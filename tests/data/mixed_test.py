@@ -92,16 +92,7 @@ def test_media_without_texts_are_an_error_where_texts_are_learnt(tmp_path, condi
 
 
 def test_the_iterator_resumes(tmp_path):
-  data = cases.data(tmp_path / "s", batch_size=2)
-  whole = [b for b, _ in zip(data.train_iterator(3), range(7), strict=False)]
-  iterator = data.train_iterator(3)
-  for _ in range(3):
-    next(iterator)
-  other = data.train_iterator(3)
-  other.set_state(iterator.get_state())
-  for want in whole[3:]:
-    got = next(other)
-    assert all((got[name] == x).all() for name, x in want.items())
+  cases.check_resume(cases.data(tmp_path / "s", batch_size=2))
 
 
 def test_two_processes_make_one_batch(tmp_path):

@@ -1,5 +1,6 @@
 """One model of two kinds of latents: its rows, its losses, and what it draws."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,7 +11,8 @@ import pytest
 
 from experiments.configs.latentlm import common
 from latentlab import eval as eval_lib
-from latentlab.data import files, mixed
+from latentlab.data import files, latent_store, mixed
+from latentlab.data.latent_store import LatentItem
 from latentlab.layers.latent_heads import SolverSettings
 from latentlab.models.latentlm import SpecialTokens
 from latentlab.sample import latent
@@ -96,16 +98,18 @@ def test_each_kind_alone_has_places_for_the_other(tmp_path):
 
 
 def test_the_iterator_resumes(tmp_path):
-  data = _data(tmp_path, batch_size=2)
-  whole = [b for b, _ in zip(data.train_iterator(3), range(7), strict=False)]
-  iterator = data.train_iterator(3)
-  for _ in range(3):
-    next(iterator)
-  other = data.train_iterator(3)
-  other.set_state(iterator.get_state())
-  for want in whole[3:]:
-    got = next(other)
-    assert all((got[name] == x).all() for name, x in want.items())
+  cases.check_resume(_data(tmp_path, batch_size=2))
+
+
+def test_all_kinds_have_the_same_splits(tmp_path):
+  image = cases.store(tmp_path / "image")
+  items = [LatentItem(np.zeros((2, SOUND_DIM), np.float32), 0, "a")]
+  meta = dict(key="k", dim=SOUND_DIM, noise=cases.NOISE)
+  sound = latent_store.write(tmp_path / "sound", {"train": items}, meta)
+  config = mixed.LatentDataConfig(condition="text")
+  others = (mixed.Part(dataclasses.replace(config, modality="sound"), sound, "token"),)
+  with pytest.raises(ValueError, match=r"of splits \['validation'\], some modalities have media"):
+    mixed.build(config, image, SpecialTokens(258, 2, 0), "token", 4, others=others)
 
 
 def test_the_loss_is_the_sum_of_all_kinds_with_their_weights(case):
