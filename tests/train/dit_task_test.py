@@ -59,11 +59,11 @@ def test_rows_are_images_with_their_classes(tmp_path, condition):
   """Two documents a row, of which the last row has one only; means come through as they are."""
   data = dict(seq_length=9, documents_per_row=2, noise=_NOISELESS, counts=(4,) * 7)
   task, params, rows, _ = _case(tmp_path, condition, **data)
-  split = rows.splits["train"]
+  split, items = rows.splits["train"], rows.store.splits["train"]
   batch = jax.tree.map(jnp.asarray, dict(split.rows(np.arange(4))))
   found, labels, valid = jax.jit(task.images)(params, batch, jax.random.key(0))
   assert valid.tolist() == [True] * 7 + [False]
-  want = [split.split.item(i) for i in range(7)]
+  want = [items.item(i) for i in range(7)]
   means = task.denormalize(params, found[:7])
   np.testing.assert_allclose(means, [item.means for item in want], rtol=1e-4, atol=1e-4)
   classes = [item.label if condition == "class" else 0 for item in want]
