@@ -40,7 +40,7 @@ SPEECH = {
 METRICS = IMAGES | SPEECH
 _SIZES = (
   "16 latents of 4 channels for 8x8 digits (scikit-learn's 1,797), 50 of 32 a second of sound; "
-  "three layers of width 64, 1200 steps of 32 documents, half of each kind, and 600 of one alone."
+  "three layers of width 64, 1200 steps of 32 documents, half of each kind, or of 16 of one alone."
 )
 SCALES = {"small": f"240 vowels of 6 made-up speakers, and digits both ways. {_SIZES}"}
 UNKNOWN = dict.fromkeys(METRICS)
@@ -51,7 +51,7 @@ ROWS = {
   "both": dict(about="one model of both", expected=UNKNOWN),
 }
 
-_STEPS = 600  # Of one kind of documents.
+_STEPS, _DOCUMENTS = 1_200, 16  # Of each kind in a step.
 
 
 def get_config(arg=None):
@@ -64,22 +64,22 @@ def get_config(arg=None):
     c = models.get_config(f"row=latentlm,seed={arg.seed}")
     c.data.condition = "both"
     evaluations = _of_images()
-  steps = _STEPS
+  documents = _DOCUMENTS
   if arg.row == "both":
     part = latentlm.add_modality(c, "speech", sounds.tokenizer, condition=sounds.data.condition)
     part.data.media, part.latents.stop = sounds.data.media, sounds.latents.stop
     part.data.repeats = 12  # About as many vowels as there are digits both ways.
     evaluations = {n: e | {"modality": c.data.modality} for n, e in evaluations.items()}
     evaluations |= {n: e | {"modality": "speech"} for n, e in _of_speech(sounds).items()}
-    steps *= 2
+    documents *= 2
   for head in [c.latents.head, *(part.latents.head for part in c.others.values())]:
     head.num_draws = 2
-  c.batch_size, c.train_steps, c.log_steps, c.checkpoint_steps = 32, steps, 50, steps // 2
+  c.batch_size, c.train_steps, c.log_steps, c.checkpoint_steps = documents, _STEPS, 50, _STEPS // 2
   c.data.documents_per_row = 1
   c.optimizer.ema_decay = 0.99
-  c.evals = dict(validation=c.evals.validation.to_dict() | {"every_steps": steps // 2})
+  c.evals = dict(validation=c.evals.validation.to_dict() | {"every_steps": _STEPS // 2})
   for name, evaluation in evaluations.items():
-    c.evals[name] = evaluation | {"every_steps": steps}
+    c.evals[name] = evaluation | {"every_steps": _STEPS}
   c.sample.update(num_samples=10, guidance=2.0, num_steps=10)
   return _smoke(c) if arg.smoke else c
 
