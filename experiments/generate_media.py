@@ -110,11 +110,12 @@ def main(
 
 def _of_modality(run: Any) -> tuple[Any, Any, str]:
   """The task and the data of what is drawn, and its name."""
-  names = list(run.data.parts) or [run.data.config.modality]
-  modality = names[0] if MODALITY.value is None else MODALITY.value
-  if modality not in names:
-    raise ValueError(f"--modality={modality!r} is unknown; choose one of {names}.")
-  return run.task.of(modality), run.data.of(modality), modality
+  modality = run.data.modalities[0] if MODALITY.value is None else MODALITY.value
+  try:
+    data = run.data.of(modality)
+  except ValueError as e:
+    raise ValueError(f"--{e}") from e
+  return run.task.of(modality), data, modality
 
 
 def _streams(generator: Any, stream: bool | None) -> bool:

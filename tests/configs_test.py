@@ -139,6 +139,12 @@ def test_builds(file, argument):
   # Rows that differ in sizes alone have one program; names and switches say what they are made of.
   made_of = {k: x for k, x in config.model.items() if isinstance(x, str | bool) or x is None}
   kind = (str(config.task.type), *sorted((k, str(x)) for k, x in made_of.items() if k != "preset"))
+  tokenizer = (config.get("tokenizer") or {}).get("model", {}).get("bottleneck")
+  kind += (
+    bool(config.get("others")),
+    tokenizer,
+    config.get("latents", {}).get("head", {}).get("kind"),
+  )
   if kind in _traced:
     return
   _traced.add(kind)
@@ -212,7 +218,8 @@ def _runs():
   groups = {}
   for file in {_module(file).get_config: file for file in _FILES}.values():
     config = _config(file, _arguments(file)[-1], "smoke")
-    if config.task.type not in ("dit", "vq"):  # Those are trained in latentlm_models_test.py.
+    # One of each of these is trained in latentlm_models_test.py, from models.py.
+    if config.task.type not in ("dit", "vq"):
       groups.setdefault(_kind_of_run(config), []).append(file)
   return {str(files[-1]): files for files in groups.values()}
 

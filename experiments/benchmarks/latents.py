@@ -18,7 +18,6 @@ import json
 import os
 import pathlib
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -519,7 +518,7 @@ def _summary(case: Mapping[str, Any]) -> str:
 
 if __name__ == "__main__":
   # As `experiments.train` does on a CPU: glibc reads the wish for huge pages when a process starts.
+  os.environ["JAX_PLATFORMS"] = "cpu"
+  huge_pages.restart()
   jax.config.update("jax_platforms", "cpu")
-  if restart := huge_pages.environment():
-    os.execve(sys.executable, sys.orig_argv, os.environ | restart)
   app.run(main)

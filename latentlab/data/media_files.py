@@ -89,7 +89,11 @@ class WavWriter:
       wav.setframerate(sample_rate)
 
   def write(self, sound: np.ndarray) -> None:
-    """Adds a piece, `[S]` or `[S, 1]` in [-1, 1], which it is clipped to."""
+    """Adds a piece, `[S]` or `[S, 1]` in [-1, 1], which it is clipped to.
+
+    Raises:
+      ValueError: it is of another shape, or holds what is no number.
+    """
     content = _sixteen_bits(sound, self._path)
     with self._path.open("r+b") as file:
       file.seek(_WAV_HEADER + self._size)

@@ -28,6 +28,8 @@ from latentlab.data.latent_store import LatentItem, LatentSplit, LatentStore
 from latentlab.typing import Int
 
 CONDITIONS = ("class", "text", "caption", "both", "none")
+OF_ROWS = ("seq_length", "documents_per_row")
+"""Fields of `LatentDataConfig` that the first modality's has for all."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,13 +204,14 @@ class Share:
     return len(self.split) * (2 if self.documents.condition == "both" else 1)
 
   def document(self, number: int) -> Document:
+    """The document of a number below `num_documents`."""
     caption_first, number = self.documents.condition == "text", number % self._different
     if self.documents.condition == "both":
       number, caption_first = number // 2, bool(number % 2)
     return self.documents.make(self.split.item(number), caption_first)
 
   def empty(self, shape: tuple[int, int]) -> Batch:
-    """Its fields of a batch, with nothing in them."""
+    """Its fields of a batch of rows `[b, T]`, with nothing in them: `[b, T, Z]`, codes `[b, T]`."""
     names = ("latents", "next_latents")
     if self.split.scales is not None:
       names = (*names, "scales", "next_scales")
@@ -218,7 +221,7 @@ class Share:
     return batch
 
   def write(self, batch: Batch, row: int, place: int, document: Document) -> None:
-    """Writes a document's latents into a row, and what comes with them."""
+    """Writes a document's latents, and what comes with them, into a row from a place on."""
     item, here = document.item, slice(place, place + len(document.tokens) - 1)
     fields = dict(latents=item.means, scales=item.scales, codes=item.codes)
     for name, values in fields.items():
@@ -334,9 +337,20 @@ class LatentData(Data):
     """What the latents were made of."""
     return media_lib.build(self.config.media, 1)
 
+  @property
+  def modalities(self) -> tuple[str, ...]:
+    """Names of all kinds of latents."""
+    return tuple(self.parts) or (self.config.modality,)
+
   def of(self, modality: str) -> "LatentData":
-    """The data of one modality alone; of another, `KeyError`."""
-    return self if modality == self.config.modality and not self.parts else self.parts[modality]
+    """The data of one modality alone.
+
+    Raises:
+      ValueError: there is no such modality.
+    """
+    if modality not in self.modalities:
+      raise ValueError(f"{modality=} is unknown; choose one of {list(self.modalities)}.")
+    return self.parts.get(modality, self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -375,10 +389,11 @@ def build(
     batch_size: Rows of a global batch.
     process_index: This process.
     process_count: All processes.
-    others: Further modalities.
+    others: Further modalities; all have the same splits.
 
   Raises:
-    ValueError: a document does not fit into a row, or the data lacks what documents are made of.
+    ValueError: a document does not fit into a row, the data lacks what documents are made of, or
+      modalities have other splits or lengths of rows.
   """
   check_place(batch_size, process_index, process_count)
   tokenizer = tokenizers.ByteTokenizer()
@@ -387,8 +402,13 @@ def build(
     Documents(tokens, tokenizer, p.config.condition, p.config.max_text, p.stop, number)
     for number, p in enumerate(parts)
   ]
-  for part in parts:
-    _check_condition(part)
+  for number, part in enumerate(parts):
+    _check_condition(part, f"config.others.{part.config.modality}.data" if number else "data")
+    if number and (part.config.seq_length or part.config.documents_per_row):
+      raise ValueError(
+        f"config.others.{part.config.modality}.data has no {' and no '.join(OF_ROWS)}: rows are "
+        "those of config.data."
+      )
   pairs = list(zip(parts, documents, strict=True))
   longest = max(d.longest(split) for p, d in pairs for split in p.store.splits.values())
   seq_length = config.seq_length or longest
@@ -417,7 +437,7 @@ def build(
     for name in store.splits
   }
 
-  def data(shown: slice, part: Part, its: Documents, **more: Any) -> LatentData:
+  def data(shown: slice, part: Part, its: Documents, more=None, alone=None) -> LatentData:
     rows = {
       name: LatentRows(shares[shown], shares, seq_length, per_row, tokenizer.pad_id)
       for name, shares in splits.items()
@@ -436,10 +456,10 @@ def build(
       batch_size,
       process_index,
       process_count,
-      summary | more.pop("summary", {}),
+      summary | (more or {}),
       part.store,
       its,
-      **more,
+      alone or {},
     )
 
   if not others:
@@ -450,23 +470,23 @@ def build(
     tokens_sha256=latent_store.digest(keys),
     others={p.config.modality: _summary(p.store) for p in others},
   )
-  return data(slice(None), *pairs[0], summary=more, parts=alone)
+  return data(slice(None), *pairs[0], more, alone)
 
 
-def _check_condition(part: Part) -> None:
+def _check_condition(part: Part, where: str) -> None:
   """Raises if items lack what documents are made of."""
   condition, splits = part.config.condition, part.store.splits.values()
   if condition == "class" and any((s.labels < 0).any() for s in splits):
     raise ValueError(
-      "data.condition='class' needs a class of every item, and data.media has items without; "
-      "choose data.condition='none' or 'text'."
+      f"{where}.condition='class' needs a class of every item, and {where}.media has items "
+      f"without; choose {where}.condition='none' or 'text'."
     )
   has_text = any(text for s in splits for text in s.captions)
   if condition in ("text", "caption", "both") and not has_text:
     raise ValueError(
-      f"data.condition={condition!r} needs texts of items, and data.media has none; give a "
-      "text for each class in data.media.class_captions, or choose data.condition='class' or "
-      "'none'."
+      f"{where}.condition={condition!r} needs texts of items, and {where}.media has none; give a "
+      f"text for each class in {where}.media.class_captions, or choose {where}.condition='class' "
+      "or 'none'."
     )
 
 

@@ -118,12 +118,11 @@ def build(evals: Mapping[str, Any], task: Any, data: Data, compile: Compile) -> 
 
 def _of_modality(kind: str, modality: str | None, task: Any, data: Data) -> tuple[Any, Data]:
   """The task and the data as an evaluation of a modality sees them; of all of them if `None`."""
-  names = list(getattr(data, "parts", {}))
   if modality is None:
-    if names and kind not in _OF_ALL:
+    if (names := list(getattr(data, "parts", {}))) and kind not in _OF_ALL:
       raise ValueError(f"type={kind!r} is of one modality; set modality to one of {names}.")
     return task, data
-  names = names or [getattr(data.config, "modality", "")]
-  if modality not in names:
-    raise ValueError(f"{modality=} is unknown; choose one of {names}.")
-  return task.of(modality), data.of(modality)
+  if not hasattr(data, "modalities"):
+    raise ValueError(f"{modality=} is of models over latents; leave it out.")
+  part = data.of(modality)  # Raises where there is none.
+  return task.of(modality), part

@@ -53,14 +53,15 @@ class LatentRowsTask:
     return self.config.batch_size * self.seq_length
 
   def check_sample(self, data: Data) -> None:
-    for name in data.parts or (data.config.modality,):
+    for name in data.modalities:
       task = self.of(name)
       media_sample.check(task.config, data.of(name), task.levels)
 
   def show_sample(self, params: Params, data: Data, workdir: pathlib.Path) -> None:
-    for name in data.parts or (data.config.modality,):
+    for name in data.modalities:
       generator = self.of(name).generator(params, data.of(name))
-      media_sample.show(generator.task.config, generator, media_sample.folder(workdir, data, name))
+      folder = media_sample.folder(workdir, data, name)
+      media_sample.show(generator.task.config, generator, folder, workdir)
 
   def of(self, modality: str) -> "LatentRowsTask":
     """The same task, whose samples are of this modality; there is one."""

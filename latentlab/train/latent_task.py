@@ -68,7 +68,7 @@ class LatentLMTask(LatentRowsTask):
     return self.model.config.modalities[self.number]
 
   def of(self, modality: str) -> "LatentLMTask":
-    """The same task, whose samples are of this modality."""
+    """The same task, whose samples and config are of this modality of `data.modalities` alone."""
     names = [m.name for m in self.model.config.modalities]
     if len(names) == 1 and modality == names[0]:
       return self
@@ -174,19 +174,23 @@ class LatentLMTask(LatentRowsTask):
   def text_losses(self, params: Params, batch: Batch) -> Float[Array, "B T"]:
     """What each target costs in nats, latents being read as their means."""
     variables = {"params": params}
-    here, _ = self._latents(params, batch, jax.random.key(0), as_means=True)
+    here, _ = self.draw_latents(params, batch, jax.random.key(0), as_means=True)
     items = Items(batch["inputs"], batch["kinds"], here)
     options = dict(segment_ids=batch["segment_ids"], method="hidden")
     hidden, _ = self.model.apply(variables, items, **options)
     return self.model.apply(variables, hidden, batch["targets"], method="token_losses")
 
   def draw_latents(
-    self, params: Params, batch: Batch, key: Key[Array, ""]
+    self, params: Params, batch: Batch, key: Key[Array, ""], *, as_means: bool = False
   ) -> tuple[dict[str, Float[Array, "B T _"]], dict[str, Float[Array, "B T _"]]]:
-    """By modality, normalised latents of the items that are read, and of those to be predicted."""
-    return self._latents(params, batch, key)
+    """By modality, normalised latents of the items that are read, and of those to be predicted.
 
-  def _latents(self, params: Params, batch: Batch, key: Key[Array, ""], as_means: bool = False):
+    Args:
+      params: Parameters.
+      batch: Of `data.mixed`.
+      key: Of the noise.
+      as_means: Whether nothing is drawn.
+    """
     here, following = {}, {}
     for i, (name, noise) in enumerate(self.noises.items()):
       normalize = functools.partial(self.model.apply, {"params": params}, name, method="normalize")

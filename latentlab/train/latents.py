@@ -72,7 +72,7 @@ def modalities(config: ml_collections.ConfigDict) -> dict[str, ml_collections.Co
 
 
 def config_of(config: ml_collections.ConfigDict, modality: str) -> ml_collections.ConfigDict:
-  """The config of a run as if it were on one of its modalities alone."""
+  """The config of a run as if it were on one of its `modalities` alone; `KeyError` of another."""
   alone = ml_collections.ConfigDict(config.to_dict())
   part = modalities(alone)[modality]
   lengths = {name: config.data[name] for name in ("seq_length", "documents_per_row")}
@@ -87,7 +87,11 @@ def config_of(config: ml_collections.ConfigDict, modality: str) -> ml_collection
 def resolved(
   config: ml_collections.ConfigDict, workdir: str | pathlib.Path
 ) -> ml_collections.ConfigDict:
-  """The config of a run with its tokenizers' places filled in, where it trains its own."""
+  """The config of a run with its tokenizers' places filled in, where it trains its own.
+
+  Raises:
+    ValueError: as of `modalities`.
+  """
   if not of_latents(config):
     return config
   config = config.copy_and_resolve_references()
@@ -106,6 +110,9 @@ def missing_tokenizers(
   Args:
     config: The experiment as it was asked for; where it names a tokenizer's run it trains none.
     workdir: Of the run.
+
+  Raises:
+    ValueError: as of `modalities`.
   """
   if not of_latents(config):
     return []

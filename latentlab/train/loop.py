@@ -482,9 +482,12 @@ def _check_batches(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> 
   changed = [
     d
     for d in _differences(before, json.loads(config.to_json()))
-    # Of any kind of latents.
-    if re.sub(r"^config\.(others\.\w+\.)?", "", d.partition(":")[0]) in _BATCH_FIELDS
+    # Of any modality.
+    if re.sub(r"^config\.(others\.[^.]+\.)?", "", d.partition(":")[0]) in _BATCH_FIELDS
   ]
+  was, now = (sorted(c.get("others") or {}) for c in (before, config))
+  if was != now:
+    changed.append(f"config.others: {was} -> {now}")
   if changed:
     raise ValueError(
       f"The data of {str(workdir)!r} cannot go on with other batches: {'; '.join(changed)}. Set "

@@ -284,8 +284,13 @@ def folder(workdir: str | pathlib.Path, data: LatentData, modality: str) -> path
   return samples / modality if data.parts else samples
 
 
-def show(config: ml_collections.ConfigDict, generator: Generator, folder: pathlib.Path) -> None:
-  """Writes a picture of images, or sounds, into a folder."""
+def show(
+  config: ml_collections.ConfigDict,
+  generator: Generator,
+  folder: pathlib.Path,
+  workdir: pathlib.Path,
+) -> None:
+  """Writes a picture of images, or sounds, into a folder of the workdir."""
   count, data = config.sample.num_samples, generator.data
   if not count:
     return
@@ -296,7 +301,7 @@ def show(config: ml_collections.ConfigDict, generator: Generator, folder: pathli
   prompts, _ = generator.prompts(count)
   drawn = generator(prompts, settings(config.sample), jax.random.key(config.seed))
   paths = write(drawn.media, folder, columns(data, count), data.summary["sample_rate"])
-  print("\nSamples: " + " ".join(str(p) for p in paths))
+  print("\nSamples: " + " ".join(str(p.relative_to(workdir)) for p in paths))
 
 
 def columns(data: LatentData, count: int) -> int:

@@ -2,13 +2,17 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
 import latent_cases as cases
 import numpy as np
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
+from experiments import generate_media
 from experiments.configs.latentlm import common
 from latentlab import eval as eval_lib
 from latentlab.data import files, latent_store, mixed
@@ -93,7 +97,7 @@ def test_each_kind_alone_has_places_for_the_other(tmp_path):
     assert set(np.unique(batch["next_kinds"])) == {0, number + 1}
     assert set(batch) == set(next(data.train_iterator(0))) and part.config.modality == name
     assert part.documents.modality == number and part.splits["validation"].num_documents == 1
-  with pytest.raises(KeyError):
+  with pytest.raises(ValueError, match="modality='smell' is unknown"):
     data.of("smell")
 
 
@@ -234,9 +238,62 @@ def test_rows_of_another_kind_do_not_go_on(tmp_path):
     loop._check_batches(config, tmp_path)
 
 
-def test_latents_of_another_tokenizer_do_not_go_on(tmp_path, case):
+def test_a_modality_more_or_less_does_not_go_on(tmp_path):
+  config = _config()
+  (tmp_path / workdir_files.CONFIG).write_text(config.to_json())
+  config.others = {}
+  with pytest.raises(ValueError, match=r"batches: .*config.others: \['sound'\] -> \[\]"):
+    loop._check_batches(config, tmp_path)
+
+
+def test_runs_on_one_modality_have_the_fields_that_they_had():
+  """So that those of before there were several go on."""
+  config = common.latentlm(None)
+  assert "repeats" not in config.data and not config.others
+  part = common.add_modality(config, "sound", common.latent_tokenizer("vit_tokenizer"))
+  assert part.data.repeats == config.data.repeats == 1 and "seq_length" not in part.data
+
+
+def test_samples_of_all_modalities_lie_apart(tmp_path, monkeypatch, capsys):
+  model = lambda dim: types.SimpleNamespace(config=types.SimpleNamespace(num_latents=4, dim=dim))
+  found = {}
+  for name, dim in (("image", cases.DIM), ("sound", SOUND_DIM)):
+    found[name] = latents.TrainedTokenizer(model(dim), {}, 4)
+    found[name].__dict__["decode"] = lambda z: np.zeros((len(z), 4, 4, 1))
+  monkeypatch.setattr(latents, "load_tokenizer", lambda run: found[run])
+  data = _data(tmp_path / "data")
+  config = _config()
+  config.data.tokenizer_run, config.others.sound.data.tokenizer_run = "image", "sound"
+  config.sample.update(num_samples=2, num_steps=1)
+  task = latent_task.build(config, data.summary)
+  task.check_sample(data)
+  params = jax.jit(lambda k: unbox(task.init(k)))(jax.random.key(0))
+  task.show_sample(params, data, tmp_path)
+  pictures = [f"samples/{name}/images.png" for name in ("image", "sound")]
+  assert all((tmp_path / p).stat().st_size for p in pictures)
+  assert capsys.readouterr().out.split("Samples: ")[1:] == [
+    f"{pictures[0]}\n\n",
+    f"{pictures[1]}\n",
+  ]
+
+
+def test_one_is_chosen_by_its_name(case):
+  task, params, data = case()
+  run = types.SimpleNamespace(task=task, data=data)
+  with flagsaver.flagsaver():
+    flags.FLAGS.mark_as_parsed()
+    assert generate_media._of_modality(run)[2] == "image"
+    flags.FLAGS.modality = "sound"
+    chosen, its, name = generate_media._of_modality(run)
+    assert (chosen.modality.name, its.config.modality, name) == ("sound",) * 3
+    flags.FLAGS.modality = "smell"
+    with pytest.raises(ValueError, match=r"--modality='smell' is unknown; choose one of \['image'"):
+      generate_media._of_modality(run)
+
+
+def test_latents_of_another_tokenizer_do_not_go_on(tmp_path):
   """Of the second kind as of the first, whose check has a test of its own."""
-  data = case()[2]
+  data = _data(tmp_path / "data")
   summary = data.summary | {"others": {"sound": data.summary["others"]["sound"]}}
   summary["others"]["sound"] = summary["others"]["sound"] | {"latent_tokenizer": "another"}
   files.write_json(tmp_path / workdir_files.CORPUS, summary)

@@ -7,6 +7,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from experiments.configs import common
+from latentlab.data import mixed
 from latentlab.data.media import MediaConfig
 from latentlab.data.mixed import LatentDataConfig
 from latentlab.layers.diffusion_head import Diffusion
@@ -83,9 +84,12 @@ def add_modality(
   """
   section = ml_collections.ConfigDict(dict(latents=_drawn_by(head), tokenizer=tokenizer))
   section.data = _of_latents(tokenizer)
-  section.data.update(dict(modality=name) | data)
+  for field in mixed.OF_ROWS:  # Rows are those of all modalities.
+    del section.data[field]
+  section.data.update(dict(modality=name, repeats=1) | data)
   with c.unlocked():
     c.others[name] = section
+    c.data.repeats = c.data.get("repeats", 1)
   common.lock(c)
   return c.others[name]
 
@@ -171,7 +175,9 @@ def _over_latents(
 
 def _of_latents(tokenizer: ml_collections.ConfigDict | None) -> ml_collections.ConfigDict:
   """`config.data` over the latents of a tokenizer's own media."""
-  fields = {f.name: f.default for f in dataclasses.fields(LatentDataConfig) if f.name != "media"}
+  left_out = "media", "repeats"  # Repeats are of runs on several modalities.
+  fields = {f.name: f.default for f in dataclasses.fields(LatentDataConfig)}
+  fields = {name: default for name, default in fields.items() if name not in left_out}
   found = media("digits") if tokenizer is None else tokenizer.data.copy_and_resolve_references()
   return ml_collections.ConfigDict(fields | dict(media=found))
 
