@@ -53,7 +53,7 @@ def test_a_row_trains_and_is_drawn_from(row, home, tmp_path):
   assert (tmp_path / "samples/images.png").stat().st_size > 0
 
 
-@pytest.mark.parametrize("row", ["regression", "mixture"])
+@pytest.mark.parametrize("row", ["mar", "regression", "mixture"])
 def test_a_head_trains_and_is_drawn_from(row, home, tmp_path):
   config = _config(row, home)
   config.latents.head.update(depth=1)
@@ -70,7 +70,7 @@ def test_a_head_trains_and_is_drawn_from(row, home, tmp_path):
   keys = sample.row_keys(jax.random.key(1), np.arange(3))
   first, again = (generator.runs(prompts, settings, k)[0] for k in (keys, keys[::-1]))
   assert np.isfinite(first).all() and np.shape(first) == (3, 4, cases.DIM)
-  # A mean is what it is, whatever the key; a mixture is drawn from.
+  # A mean is what it is, whatever the key; all else is drawn from a distribution.
   assert np.allclose(first, again) == (row == "regression")
 
 

@@ -4,10 +4,10 @@ r"""LatentLM and what it is compared with, on 8x8 digits (https://arxiv.org/abs/
       --config=experiments/configs/latentlm/models.py:row=latentlm
 
 All rows draw the same media by class: a LatentLM, its DiT twin, a language model of codes, a
-Transfusion, and LatentLMs whose head gives the mean or a mixture of Gaussians in the place of
-diffusion. Of the paper's claims, LatentLM gains more from a sigma-VAE than DiT does; hence both on
-both. Samples are compared with the training images in the features of a small classifier, which
-also says how often the class that was asked for is seen. The table, three
+Transfusion, and LatentLMs with the diffusion head of MAR, or one that gives the mean or a mixture
+of Gaussians in the place of diffusion. Of the paper's claims, LatentLM gains more from a sigma-VAE
+than DiT does; hence both on both. Samples are compared with the training images in the features of
+a small classifier, which also says how often the class that was asked for is seen. The table, three
 seeds a row:
 
   python -m experiments.tables --config=experiments/configs/latentlm/models.py \
@@ -52,6 +52,12 @@ ROWS = {
   ),
   "transfusion": dict(
     about="Transfusion, all latents at once", expected=UNKNOWN, model="transfusion"
+  ),
+  "mar": dict(
+    about="MAR's head, which learns its variance",
+    expected=UNKNOWN,
+    head="mar",
+    head_fields=dict(width=64),
   ),
   "regression": dict(
     about="the mean in the place of diffusion", expected=UNKNOWN, head="regression"
