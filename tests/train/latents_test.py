@@ -85,7 +85,9 @@ def test_a_tokenizers_own_media_are_encoded_for_models(tmp_path):
   assert latents.prepare(mixed.LatentDataConfig.of(c.data.to_dict())).path == store.path
 
 
-def test_a_run_goes_on_with_its_latents_tokenizer_alone(prepared, tokenizer, tmp_path, monkeypatch):
+def test_a_run_goes_on_with_its_latents_tokenizer_alone(
+  prepared, tokenizer, tmp_path, monkeypatch, caplog
+):
   made, again = prepared(), prepared()
   assert made.meta["latent_tokenizer"] == again.meta["latent_tokenizer"]
   (tmp_path / "run").mkdir()
@@ -101,6 +103,11 @@ def test_a_run_goes_on_with_its_latents_tokenizer_alone(prepared, tokenizer, tmp
   digests = rf"{made.meta['latent_tokenizer']}, .*='other' is {now}: the parameters know other lat"
   with pytest.raises(ValueError, match=digests):
     loop.train(config, tmp_path / "next")
+  # Its parameters may begin a run on other latents, which is told.
+  config.resume, config.init_from = "", str(tmp_path / "run")
+  with pytest.raises(ValueError, match="no checkpoint"):
+    loop.train(config, tmp_path / "begun")
+  assert f"init_from={config.init_from} was trained on latents of the" in caplog.text
 
 
 def test_a_stop_in_a_tokenizers_last_step_stops_the_run(tmp_path, monkeypatch):
