@@ -7,10 +7,11 @@ training split, and SIM(MFCC) the cosine of standardised cepstral statistics. Th
 one data set, and nothing with the paper's figures.
 """
 
+import dataclasses
 import functools
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -170,8 +171,10 @@ class Evaluator:
     (`wer_reconstructed`), and of beginnings that went on (`wer_continued`). `similarity` of what is
     drawn behind beginnings to the speaker; that of the real rest and of its reconstruction, and
     `similarity_others` of the real rest to the speakers of others, the floor. With a speaker
-    pattern, `speaker_accuracy`, the part of each whose own speaker is the nearest of all.
-    `mel_distance` of reconstructions.
+    pattern, `speaker_accuracy`, the part of each whose own speaker is the nearest of all. The same
+    with `_r` behind the first word (SIM-r beside SIM-o) is to what the tokenizer makes of the
+    speaker: what it does to all sounds alike is then no difference. `mel_distance` of
+    reconstructions.
     """
     if self._prompt_seconds:
       self._check_similarity()  # Before anything is drawn.
@@ -225,25 +228,43 @@ class Evaluator:
       similarity_real=[self._real[i] for i in chosen],
       similarity_reconstructed=[reconstructed[i] for i in chosen],
     )
-    embedded = {
-      name: np.stack([self._embed(sound[cut:]) for sound in of]) for name, of in sounds.items()
-    }
+    sounds = {name: [sound[cut:] for sound in of] for name, of in sounds.items()}
+    beginnings = {"": [self._real[i][:cut] for i in chosen]}
+    beginnings["_r"] = [reconstructed[i][:cut] for i in chosen]
+    for kind, begun in beginnings.items():
+      reference = self._references(generator, reconstructed=kind == "_r")
+      if kind:  # What was recorded is no match for what was decoded.
+        del sounds["similarity_real"]
+      yield from self._to_speakers(reference, kind, sounds, begun, chosen)
+
+  def _to_speakers(
+    self,
+    reference: "_References",
+    kind: str,
+    sounds: Mapping[str, Sequence[np.ndarray]],
+    beginnings: Sequence[np.ndarray],
+    chosen: Sequence[int],
+  ) -> Iterator[tuple[str, float]]:
+    """Similarity of sounds to their speakers, or to their beginnings; names have `kind` in them."""
     if self._speaker_pattern:
-      names = sorted(self._speakers)
+      speakers = self._speakers(reference)
+      names = sorted(speakers)
       own = [names.index(self._speaker(self._rows.names[i])) for i in chosen]
-      every = np.stack([self._speakers[name] for name in names])
+      every = np.stack([speakers[name] for name in names])
     else:
       own = list(range(len(chosen)))
-      every = np.stack([self._embed(self._real[i][:cut]) for i in chosen])
-    for name, vectors in embedded.items():
+      every = np.stack([self._embed(sound, reference) for sound in beginnings])
+    floor = "similarity_reconstructed" if kind else "similarity_real"
+    for name, of in sounds.items():
+      vectors = np.stack([self._embed(sound, reference) for sound in of])
       cosines = _directions(vectors) @ _directions(every).T
-      yield name, float(cosines[np.arange(len(own)), own].mean())
+      ending = name.removeprefix("similarity")
+      yield f"similarity{kind}{ending}", float(cosines[np.arange(len(own)), own].mean())
       if self._speaker_pattern:
-        ending = name.removeprefix("similarity")
-        yield f"speaker_accuracy{ending}", float((cosines.argmax(1) == own).mean())
-      if name == "similarity_real":
+        yield f"speaker_accuracy{kind}{ending}", float((cosines.argmax(1) == own).mean())
+      if name == floor:
         strangers = np.array(own)[:, None] != np.arange(len(every))
-        yield "similarity_others", float(cosines[strangers].mean())
+        yield f"similarity{kind}_others", float(cosines[strangers].mean())
 
   def _check_similarity(self) -> None:
     """Raises a `ValueError` where there is nothing to go on behind, or nobody to be like."""
@@ -255,15 +276,16 @@ class Evaluator:
     if not self._speaker_pattern:
       return
     speaking = {self._speaker(self._rows.names[i]) for i in self._going_on}
-    if unheard := sorted(speaking - set(self._speakers)):
+    heard = {self._speaker(name) for name in self._references().names}
+    if unheard := sorted(speaking - heard):
       raise ValueError(
         f"speaker_pattern={self._speaker_pattern!r} finds speakers of whom none of "
         f"training's first {_MOST_REFERENCES} utterances is, {unheard[:3]}; mend it, or leave it "
         "empty."
       )
-    if len(self._speakers) < 2:
+    if len(heard) < 2:
       raise ValueError(
-        f"speaker_pattern={self._speaker_pattern!r} finds one speaker, {min(self._speakers)!r}, "
+        f"speaker_pattern={self._speaker_pattern!r} finds one speaker, {min(heard)!r}, "
         "and similarity is beside others; mend it, or leave it empty."
       )
 
@@ -324,29 +346,36 @@ class Evaluator:
     options = features_lib.spectrogram_options(self._rate)
     return metrics.mfcc_statistics(sound[:, 0], self._rate, **options)
 
+  def _references(self, generator: Any = None, *, reconstructed: bool = False) -> "_References":
+    """Of training's first utterances, which are a fair sample, as recorded or as decoded."""
+    if not reconstructed:
+      return self._recorded
+    rows, items = self._data.media.splits["train"], self._data.store.splits["train"]
+    count = min(rows.num_rows, _MOST_REFERENCES)
+    decoded = generator.decode([items.item(i).means for i in range(count)])
+    known = np.stack([self._statistics(sound) for sound in decoded])
+    return _References(list(rows.names[:count]), known)
+
   @functools.cached_property
-  def _training(self) -> tuple[list[str], Float[np.ndarray, "n features"]]:
-    """Names and statistics of training utterances, which are a fair sample."""
+  def _recorded(self) -> "_References":
     rows = self._data.media.splits["train"]
     count = min(rows.num_rows, _MOST_REFERENCES)
     found = []
     for i in range(count):
       batch = rows.rows(np.array([i]))
       found.append(self._statistics(batch["media"][0, : batch["lengths"][0]]))
-    return list(rows.names[:count]), np.stack(found)
+    return _References(list(rows.names[:count]), np.stack(found))
 
-  def _embed(self, sound: Float[np.ndarray, "S 1"]) -> Float[np.ndarray, "features"]:
-    """Statistics in units of the training split's, so that cosines of strangers are near 0."""
-    _, known = self._training
-    return (self._statistics(sound) - known.mean(0)) / np.maximum(known.std(0), 1e-6)
+  def _embed(
+    self, sound: Float[np.ndarray, "S 1"], reference: "_References"
+  ) -> Float[np.ndarray, "features"]:
+    return reference.standard(self._statistics(sound))
 
-  @functools.cached_property
-  def _speakers(self) -> dict[str, Float[np.ndarray, "features"]]:
+  def _speakers(self, reference: "_References") -> dict[str, Float[np.ndarray, "features"]]:
     """Of each speaker, the mean of the training utterances."""
-    names, known = self._training
-    standard = (known - known.mean(0)) / np.maximum(known.std(0), 1e-6)
     spoken: dict[str, list[np.ndarray]] = {}
-    for name, vector in zip(names, standard, strict=True):
+    vectors = reference.standard(reference.known)
+    for name, vector in zip(reference.names, vectors, strict=True):
       spoken.setdefault(self._speaker(name), []).append(vector)
     return {speaker: np.mean(vectors, axis=0) for speaker, vectors in spoken.items()}
 
@@ -357,6 +386,23 @@ class Evaluator:
         f"speaker_pattern={self._speaker_pattern!r} finds no speaker in {name!r}; mend it."
       )
     return found[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class _References:
+  """Utterances that others are compared with.
+
+  Attributes:
+    names: Of their items.
+    known: Their statistics.
+  """
+
+  names: list[str]
+  known: Float[np.ndarray, "n features"]
+
+  def standard(self, x: Float[np.ndarray, "*n features"]) -> Float[np.ndarray, "*n features"]:
+    """In units of these utterances', so that cosines of strangers are near 0."""
+    return (x - self.known.mean(0)) / np.maximum(self.known.std(0), 1e-6)
 
 
 def _directions(vectors: Float[np.ndarray, "n features"]) -> Float[np.ndarray, "n features"]:

@@ -114,6 +114,28 @@ def test_what_says_the_data_itself_is_perfect(data):
   np.testing.assert_allclose(got["similarity"], got["similarity_real"], rtol=1e-5)
   assert got["speaker_accuracy"] == got["speaker_accuracy_real"] > 0.8  # By chance, a third.
   assert got["similarity_real"] > 0.3 > 0.0 > got["similarity_others"]
+  for kind in ("", "_reconstructed"):  # What is decoded is what was recorded.
+    assert got[f"similarity_r{kind}"] == pytest.approx(got["similarity"], rel=1e-4)
+    assert got[f"speaker_accuracy_r{kind}"] == got["speaker_accuracy"]
+  assert got["similarity_r_others"] == pytest.approx(got["similarity_others"], rel=1e-4)
+
+
+@pytest.mark.parametrize("pattern", ["", "_([abc])_"])
+def test_what_all_decoded_sounds_have_in_common_is_no_other_voice(data, monkeypatch, pattern):
+  """A tokenizer that rings at one pitch: to what was recorded strange, to its own like before."""
+  fields = dict(prompt_seconds=0.05, speaker_pattern=pattern)
+  clean = _run(data, **fields)
+
+  def ringing(self, runs):
+    sounds = [run.reshape(-1, 1) for run in runs]
+    return [x + 0.2 * np.sin(np.arange(len(x))[:, None] * 2.5).astype(x.dtype) for x in sounds]
+
+  monkeypatch.setattr(Parrot, "decode", ringing)
+  got = _run(data, **fields)
+  assert got["similarity_real"] == pytest.approx(clean["similarity_real"], rel=1e-5)
+  lost = clean["similarity"] - got["similarity"]
+  lost_r = clean["similarity_r"] - got["similarity_r"]
+  assert lost > 0.1 and abs(lost_r) < lost / 3, (lost, lost_r)
 
 
 def test_durations_and_words_are_counted(data):

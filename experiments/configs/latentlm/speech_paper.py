@@ -27,7 +27,7 @@ from experiments.configs.latentlm import speech, tokenizers_paper
 TITLE = "LatentLM, tables 4 and 6 and figure 10: zero-shot speech"
 BASE = "rate_15"
 METRICS = {
-  "SIM(MFCC), 3 s": "speech/similarity",
+  "SIM-o(MFCC), 3 s": "speech/similarity",
   "distance of durations, s": "speech/seconds_distance",
 }
 SCALES = common.paper_alone("24 layers of width 1,024, 50,000 hours.")
