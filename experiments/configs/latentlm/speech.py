@@ -7,8 +7,8 @@ A causal sigma-VAE of sounds, and a LatentLM that says a word: from its text, un
 itself. Rows are rates of latents and their channels. What is asked of samples is what the paper
 asks, by stand-ins that need no download: WER(classifier), the errors of a small classifier of the
 split's words, and SIM(MFCC), the cosine of cepstral statistics, of what is drawn behind the first
-0.16 seconds of a held-out utterance to other utterances of its speaker, to these as recorded (SIM-o)
-and as the tokenizer decodes them (SIM-r); how long drawn words are; and the mel distance of
+0.16 seconds of a held-out utterance to other utterances of its speaker, as they were recorded
+(SIM-o) and as the tokenizer decodes them (SIM-r); how long drawn words are; and the mel distance of
 reconstructions. The table, over seeds:
 
   python -m experiments.tables --config=experiments/configs/latentlm/speech.py \
