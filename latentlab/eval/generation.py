@@ -29,7 +29,11 @@ _BATCH = 32  # Rows that latents are drawn behind together.
 
 
 class Evaluator:
-  """Draws as many of each class, or of the split's captions in turn; same noise at each run."""
+  """Draws as many of each class, or of the split's captions in turn; same noise at each run.
+
+  Attributes:
+    settings: How `run` draws.
+  """
 
   def __init__(
     self,
@@ -44,6 +48,7 @@ class Evaluator:
     num_steps: int = 20,
     guidance: float = 1.0,
     temperature: float = 1.0,
+    lambda_min: float | None = None,
     reconstruction: bool = False,
     seed: int = 0,
   ):
@@ -60,6 +65,7 @@ class Evaluator:
       num_steps: Of the solver.
       guidance: Scale.
       temperature: Factor of the noise that the solver starts from.
+      lambda_min: Noisier levels are left out; see `ops.sample_grid`.
       reconstruction: Also compares what the tokenizer makes of the split, from means and from drawn
         latents: the level that a perfect model would reach.
       seed: Of the samples.
@@ -75,8 +81,8 @@ class Evaluator:
       raise ValueError(f"{split=} does not exist; choose from {sorted(data.splits)}.")
     self._task, self._data, self._split, self._name = task, data, split, features
     self._count, self._seed, self._reconstruction = num_samples, seed, reconstruction
-    self._settings = SolverSettings(
-      guidance=guidance, temperature=temperature, solver=solver, num_steps=num_steps
+    self.settings = SolverSettings(
+      guidance, temperature, solver=solver, num_steps=num_steps, lambda_min=lambda_min
     )
     self._features = self._real = None
 
@@ -85,7 +91,7 @@ class Evaluator:
 
     With `reconstruction`, `rfd_means` and `rfd_sampled` of the tokenizer.
     """
-    yield from self.compare(*self.draw(params, self._settings)).items()
+    yield from self.compare(*self.draw(params, self.settings)).items()
     if self._reconstruction:
       yield from self.limits(params).items()
 

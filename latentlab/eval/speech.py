@@ -102,6 +102,7 @@ class Evaluator:
     num_steps: int = 20,
     guidance: float = 1.0,
     temperature: float = 1.0,
+    lambda_min: float | None = None,
     seed: int = 0,
   ):
     """Checks the fields; nothing is compiled, trained or drawn before the first run.
@@ -122,6 +123,7 @@ class Evaluator:
       num_steps: Of the solver.
       guidance: Scale.
       temperature: Factor of the noise that the solver starts from.
+      lambda_min: Noisier levels are left out; see `ops.sample_grid`.
       seed: Of the samples.
     """
     del compile
@@ -158,7 +160,7 @@ class Evaluator:
     self._recognizer, self._count = recognizer, min(num_samples, len(data.store.splits[split]))
     self._prompt_seconds, self._speaker_pattern = prompt_seconds, speaker_pattern
     self._settings = SolverSettings(
-      guidance=guidance, temperature=temperature, solver=solver, num_steps=num_steps
+      guidance, temperature, solver=solver, num_steps=num_steps, lambda_min=lambda_min
     )
 
   def run(self, params: Params) -> Iterator[tuple[str, float]]:

@@ -100,6 +100,19 @@ def test_positions_are_in_units_of_the_latents(tmp_path):
   assert len(evaluator.position_floor()) == 4 and min(evaluator.position_floor()) > 0
 
 
+def test_a_head_of_noise_is_drawn_from_without_the_noisiest_levels(tmp_path):
+  """There an error of the noise, here 1 and more, is one of the latent times `sigma / alpha`."""
+  data = cases.data(tmp_path)
+  task, params = _task("mar", data.summary)
+  stds = []
+  for limit in (None, -1.0):
+    evaluator = generation.Evaluator(
+      *(task, data, None), num_samples=_COUNT, features="pixels", num_steps=4, lambda_min=limit
+    )
+    stds.append(np.std(evaluator.draw_behind_real(params, evaluator.settings)))
+  assert stds[0] > 1000 * stds[1], stds
+
+
 def test_a_model_of_all_latents_at_once_is_refused(tmp_path):
   data = cases.data(tmp_path)
   config = models.get_config("row=dit,smoke")
