@@ -21,10 +21,9 @@ from scipy import stats
 
 from latentlab.data import Data, MediaRows
 from latentlab.data import prepare as prepare_text
+from latentlab.eval import common, metrics
 from latentlab.eval import features as features_lib
-from latentlab.eval import metrics
 from latentlab.eval.media_metrics import reconstruction_metrics, same_shape
-from latentlab.layers.latent_heads import SolverSettings
 from latentlab.ops.latents import Noise, sample_latents
 from latentlab.typing import Float, Params
 
@@ -159,8 +158,13 @@ class Evaluator:
     self._task, self._data, self._split, self._seed = task, data, split, seed
     self._recognizer, self._count = recognizer, min(num_samples, len(data.store.splits[split]))
     self._prompt_seconds, self._speaker_pattern = prompt_seconds, speaker_pattern
-    self._settings = SolverSettings(
-      guidance, temperature, solver=solver, num_steps=num_steps, lambda_min=lambda_min
+    self._settings = common.solver_settings(
+      task,
+      guidance=guidance,
+      temperature=temperature,
+      solver=solver,
+      num_steps=num_steps,
+      lambda_min=lambda_min,
     )
 
   def run(self, params: Params) -> Iterator[tuple[str, float]]:

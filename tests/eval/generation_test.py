@@ -113,6 +113,24 @@ def test_a_head_of_noise_is_drawn_from_without_the_noisiest_levels(tmp_path):
   assert stds[0] > 1000 * stds[1], stds
 
 
+@pytest.mark.parametrize(
+  ("row", "fields", "message"),
+  [
+    ("latentlm", dict(num_steps=5000), "num_steps=5000 of a sampler must be in"),
+    ("latentlm", dict(lambda_min=50.0), "lambda_min=50.0 leaves no timestep"),
+    ("latentlm", dict(solver="flow_euler"), "schedule.kind='cosine' must be 'flow'"),
+    ("regression", dict(solver="euler"), "unknown solver='euler'"),
+  ],
+)
+def test_a_solver_that_does_not_fit_is_an_error_at_once(row, fields, message, tmp_path):
+  data = cases.data(tmp_path)
+  task, _ = _task(row, data.summary)
+  with pytest.raises(ValueError, match=message):
+    generation.Evaluator(task, data, None, num_samples=_COUNT, features="pixels", **fields)
+  if row == "regression":  # It goes through no levels.
+    generation.Evaluator(task, data, None, num_samples=_COUNT, features="pixels", num_steps=5000)
+
+
 def test_a_model_of_all_latents_at_once_is_refused(tmp_path):
   data = cases.data(tmp_path)
   config = models.get_config("row=dit,smoke")
