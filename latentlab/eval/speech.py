@@ -21,9 +21,10 @@ from scipy import stats
 
 from latentlab.data import Data, MediaRows
 from latentlab.data import prepare as prepare_text
-from latentlab.eval import common, metrics
 from latentlab.eval import features as features_lib
+from latentlab.eval import metrics
 from latentlab.eval.media_metrics import reconstruction_metrics, same_shape
+from latentlab.layers.latent_heads import SolverSettings
 from latentlab.ops.latents import Noise, sample_latents
 from latentlab.typing import Float, Params
 
@@ -34,6 +35,7 @@ RECOGNIZERS: dict[str, Callable[[MediaRows, pathlib.Path | None], Recognizer]] =
 """Makers of recognisers, given the training split and a folder to keep what they learn in."""
 
 _MOST_REFERENCES = 1_000  # Utterances by whose statistics others are standardised.
+_DECODED_TOGETHER = 64  # Of these: a thousand long sounds are no small thing to hold.
 
 
 def register(name: str, make: Callable[[MediaRows, pathlib.Path | None], Recognizer]) -> None:
@@ -84,7 +86,11 @@ def texts_of(rows: MediaRows) -> list[str]:
 
 
 class Evaluator:
-  """Says what is said in a split's first rows, and goes on with their beginnings."""
+  """Says what is said in a split's first rows, and goes on with their beginnings.
+
+  Attributes:
+    settings: How it draws.
+  """
 
   def __init__(
     self,
@@ -156,10 +162,10 @@ class Evaluator:
     if speaker_pattern and pattern.groups != 1:
       raise ValueError(f"{speaker_pattern=} must have one group, around the speaker.")
     self._task, self._data, self._split, self._seed = task, data, split, seed
+    self._decoded: _References | None = None
     self._recognizer, self._count = recognizer, min(num_samples, len(data.store.splits[split]))
     self._prompt_seconds, self._speaker_pattern = prompt_seconds, speaker_pattern
-    self._settings = common.solver_settings(
-      task,
+    self.settings = SolverSettings(
       guidance=guidance,
       temperature=temperature,
       solver=solver,
@@ -179,13 +185,13 @@ class Evaluator:
     `similarity_others` of the real rest to the speakers of others, the floor. With a speaker
     pattern, `speaker_accuracy`, the part of each whose own speaker is the nearest of all. The same
     with `_r` behind the first word (SIM-r beside SIM-o) is to what the tokenizer makes of the
-    speaker: what it does to all sounds alike is then no difference. `mel_distance` of
+    speaker's means: what it does to all of these alike is then no difference. `mel_distance` of
     reconstructions.
     """
     if self._prompt_seconds:
       self._check_similarity()  # Before anything is drawn.
     generator = self._task.generator(params, self._data)
-    drawn = generator(self._prompts, self._settings, jax.random.key(self._seed))
+    drawn = generator(self._prompts, self.settings, jax.random.key(self._seed))
     yield from self._durations(drawn.lengths)
     reconstructed = generator.decode(self._means)
     rows = self._rows
@@ -223,7 +229,7 @@ class Evaluator:
     begins = jnp.stack([item.means[:count] for item in items])
     begins = np.asarray(sample_latents(key, begins, noise, log_variances))
     prompts = [generator.begun(self._prompts[i], z) for i, z in zip(chosen, begins, strict=True)]
-    rest = generator(prompts, self._settings, jax.random.fold_in(key, 1), min_latents=count + 1)
+    rest = generator(prompts, self.settings, jax.random.fold_in(key, 1), min_latents=count + 1)
     whole = [np.concatenate(pair) for pair in zip(begins, rest.latents, strict=True)]
     cut, continued = count * self._hop, generator.decode(whole)
     if self._recognizer:
@@ -237,11 +243,10 @@ class Evaluator:
     sounds = {name: [sound[cut:] for sound in of] for name, of in sounds.items()}
     beginnings = {"": [self._real[i][:cut] for i in chosen]}
     beginnings["_r"] = [reconstructed[i][:cut] for i in chosen]
-    for kind, begun in beginnings.items():
-      reference = self._references(generator, reconstructed=kind == "_r")
+    for kind, reference in self._references(generator).items():
       if kind:  # What was recorded is no match for what was decoded.
         del sounds["similarity_real"]
-      yield from self._to_speakers(reference, kind, sounds, begun, chosen)
+      yield from self._to_speakers(reference, kind, sounds, beginnings[kind], chosen)
 
   def _to_speakers(
     self,
@@ -282,7 +287,7 @@ class Evaluator:
     if not self._speaker_pattern:
       return
     speaking = {self._speaker(self._rows.names[i]) for i in self._going_on}
-    heard = {self._speaker(name) for name in self._references().names}
+    heard = {self._speaker(name) for name in self._recorded.names}
     if unheard := sorted(speaking - heard):
       raise ValueError(
         f"speaker_pattern={self._speaker_pattern!r} finds speakers of whom none of "
@@ -352,18 +357,22 @@ class Evaluator:
     options = features_lib.spectrogram_options(self._rate)
     return metrics.mfcc_statistics(sound[:, 0], self._rate, **options)
 
-  def _references(self, generator: Any = None, *, reconstructed: bool = False) -> "_References":
-    """Of training's first utterances, which are a fair sample, as recorded or as decoded."""
-    if not reconstructed:
-      return self._recorded
-    rows, items = self._data.media.splits["train"], self._data.store.splits["train"]
-    count = min(rows.num_rows, _MOST_REFERENCES)
-    decoded = generator.decode([items.item(i).means for i in range(count)])
-    known = np.stack([self._statistics(sound) for sound in decoded])
-    return _References(list(rows.names[:count]), known)
+  def _references(self, generator: Any) -> dict[str, "_References"]:
+    """What similarity is to, as recorded and, under `_r`, as the tokenizer decodes it."""
+    if self._decoded is None:  # Once: all evaluations of a run have one tokenizer.
+      items, count = self._data.store.splits["train"], len(self._recorded.names)
+      known = []
+      for start in range(0, count, _DECODED_TOGETHER):
+        some = range(start, min(start + _DECODED_TOGETHER, count))
+        known += [
+          self._statistics(x) for x in generator.decode([items.item(i).means for i in some])
+        ]
+      self._decoded = _References(self._recorded.names, np.stack(known))
+    return {"": self._recorded, "_r": self._decoded}
 
   @functools.cached_property
   def _recorded(self) -> "_References":
+    """Of training's first utterances, which are a fair sample."""
     rows = self._data.media.splits["train"]
     count = min(rows.num_rows, _MOST_REFERENCES)
     found = []

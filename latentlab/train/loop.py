@@ -469,17 +469,20 @@ def _check_latents(workdir: pathlib.Path, data: data_lib.Data) -> None:
 
 def _other_latents(workdir: pathlib.Path, data: data_lib.Data) -> Iterator[str]:
   """For each modality with another tokenizer than the run of `workdir` had: that one, and this."""
-  before = saved(workdir / CORPUS) or {}
-  pairs = [(before, data)]
-  for name in data.summary.get("others", {}):
-    pairs.append((before.get("others", {}).get(name, {}), data.of(name)))
-  for summary, part in pairs:
-    was, now = summary.get("latent_tokenizer"), part.summary.get("latent_tokenizer")
+  before = _by_modality(saved(workdir / CORPUS) or {})
+  for name, summary in _by_modality(data.summary).items():
+    was, now = (x.get("latent_tokenizer") for x in (before.get(name, {}), summary))
     if was and now and was != now:
+      part = data.of(name) if name in data.summary.get("others", {}) else data
       yield (
         f"latents of the tokenizer {was}, and that of "
         f"data.tokenizer_run={part.config.tokenizer_run!r} is {now}"
       )
+
+
+def _by_modality(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+  """A corpus's summary, and those of its further modalities."""
+  return {summary.get("modality", ""): summary} | dict(summary.get("others", {}))
 
 
 def _check_batches(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:

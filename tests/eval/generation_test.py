@@ -7,7 +7,7 @@ import pytest
 
 from experiments.configs.latentlm import models
 from latentlab.data import latent_store, mixed
-from latentlab.eval import generation
+from latentlab.eval import generation, runner
 from latentlab.layers.latent_heads import SolverSettings
 from latentlab.train.state import unbox
 from latentlab.train.tasks import build_task
@@ -125,10 +125,11 @@ def test_a_head_of_noise_is_drawn_from_without_the_noisiest_levels(tmp_path):
 def test_a_solver_that_does_not_fit_is_an_error_at_once(row, fields, message, tmp_path):
   data = cases.data(tmp_path)
   task, _ = _task(row, data.summary)
-  with pytest.raises(ValueError, match=message):
-    generation.Evaluator(task, data, None, num_samples=_COUNT, features="pixels", **fields)
+  section = dict(type="generation", every_steps=1, num_samples=_COUNT, features="pixels")
+  with pytest.raises(ValueError, match=f"config.evals.a: .*{message}"):
+    runner.build({"a": section | fields}, task, data, jax.jit)
   if row == "regression":  # It goes through no levels.
-    generation.Evaluator(task, data, None, num_samples=_COUNT, features="pixels", num_steps=5000)
+    runner.build({"a": section | dict(num_steps=5000)}, task, data, jax.jit)
 
 
 def test_a_model_of_all_latents_at_once_is_refused(tmp_path):

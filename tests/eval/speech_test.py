@@ -7,10 +7,12 @@ import jax
 import numpy as np
 import pytest
 
+from latentlab import ops
 from latentlab.data import latent_store, media, mixed
 from latentlab.data.latent_store import LatentItem
 from latentlab.eval import features as features_lib
 from latentlab.eval import metrics, runner, speech
+from latentlab.layers.latent_heads import SolverSettings
 from latentlab.models.latentlm import SpecialTokens
 
 RATE, HOP = 8000, 100
@@ -136,6 +138,8 @@ def test_what_all_decoded_sounds_have_in_common_is_no_other_voice(data, monkeypa
   lost = clean["similarity"] - got["similarity"]
   lost_r = clean["similarity_r"] - got["similarity_r"]
   assert lost > 0.1 and abs(lost_r) < lost / 3, (lost, lost_r)
+  assert got["similarity_r_others"] < got["similarity_r_reconstructed"] - 0.2
+  assert "similarity_r_real" not in got
 
 
 def test_durations_and_words_are_counted(data):
@@ -244,3 +248,13 @@ def test_bad_requests(data):
     speech.register("exact", lambda *args: None)
   with pytest.raises(ValueError, match="a model over latents of sounds"):
     speech.Evaluator(types.SimpleNamespace(), data, jax.jit)
+
+
+def test_it_draws_as_it_is_told_to(data):
+  task = types.SimpleNamespace(generator=None, levels=ops.NoiseSchedule())
+  fields = dict(solver="ddim", num_steps=7, guidance=1.5, temperature=0.9, lambda_min=-3.0)
+  evaluator = speech.Evaluator(task, data, jax.jit, **fields)
+  assert evaluator.settings == SolverSettings(**fields)
+  section = dict(type="speech", every_steps=1) | fields | dict(lambda_min=50.0)
+  with pytest.raises(ValueError, match="config.evals.a: lambda_min=50.0 leaves no timestep"):
+    runner.build({"a": section}, task, data, jax.jit)

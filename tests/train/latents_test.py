@@ -1,6 +1,8 @@
 """What latents are kept under: everything that they, their classes and their texts depend on."""
 
 import json
+import types
+from unittest import mock
 
 import jax
 import numpy as np
@@ -108,6 +110,24 @@ def test_a_run_goes_on_with_its_latents_tokenizer_alone(
   with pytest.raises(ValueError, match="no checkpoint"):
     loop.train(config, tmp_path / "begun")
   assert f"init_from={config.init_from} was trained on latents of the" in caplog.text
+
+
+def test_tokenizers_are_compared_modality_by_modality(tmp_path):
+  """Whichever comes first, and where a run had fewer."""
+  image = dict(modality="image", latent_tokenizer="i")
+  speech = dict(modality="speech", latent_tokenizer="s")
+  part = types.SimpleNamespace(config=types.SimpleNamespace(tokenizer_run="there"))
+
+  def changes(before, now):
+    (tmp_path / loop.CORPUS).write_text(json.dumps(before))
+    found = mock.Mock(spec=mixed.LatentData, summary=now, of=lambda name: part, config=part.config)
+    return list(loop._other_latents(tmp_path, found))
+
+  both = image | dict(others={"speech": speech})
+  assert not changes(speech, both) and not changes(both, speech)
+  assert not changes(both, speech | dict(others={"image": image}))
+  found = changes(speech | dict(latent_tokenizer="t"), both)
+  assert found == ["latents of the tokenizer t, and that of data.tokenizer_run='there' is s"]
 
 
 def test_a_stop_in_a_tokenizers_last_step_stops_the_run(tmp_path, monkeypatch):

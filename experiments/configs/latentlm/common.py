@@ -191,8 +191,13 @@ def _backbone() -> ml_collections.ConfigDict:
 def generation(every_steps: int, **values: Any) -> dict[str, Any]:
   """An evaluation of samples, with every field that it has."""
   fields = dict(num_samples=500, features="classifier", split="train", reconstruction=False, seed=0)
+  return dict(type="generation", every_steps=every_steps) | fields | solver_fields() | values
+
+
+def solver_fields() -> dict[str, Any]:
+  """Fields of an evaluation that draws latents."""
   solver = dict(solver="dpm_2m", num_steps=20, guidance=1.0, temperature=1.0)
-  return dict(type="generation", every_steps=every_steps) | fields | solver | values
+  return solver | dict(lambda_min=config_dict.placeholder(float))
 
 
 def smoke(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

@@ -58,7 +58,7 @@ ROWS = {
     expected=UNKNOWN,
     head="mar",
     head_fields=dict(width=64),
-    # It predicts the noise, and the noisiest levels magnify its errors a thousandfold.
+    # It predicts the noise, whose errors the noisiest levels magnify a thousandfold and more.
     lambda_min=-3.0,
   ),
   "regression": dict(

@@ -108,8 +108,7 @@ def evaluation(every_steps, **values):
   """An evaluation of drawn speech, with every field that it has."""
   fields = dict(split="validation", num_samples=100, recognizer="", seed=0)
   fields |= dict(prompt_seconds=0.0, speaker_pattern="")
-  solver = dict(solver="dpm_2m", num_steps=20, guidance=1.0, temperature=1.0)
-  return dict(type="speech", every_steps=every_steps) | fields | solver | values
+  return dict(type="speech", every_steps=every_steps) | fields | latentlm.solver_fields() | values
 
 
 def smoke(c):
