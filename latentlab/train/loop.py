@@ -470,10 +470,10 @@ def _check_latents(workdir: pathlib.Path, data: data_lib.Data) -> None:
 def _other_latents(workdir: pathlib.Path, data: data_lib.Data) -> Iterator[str]:
   """For each modality with another tokenizer than the run of `workdir` had: that one, and this."""
   before = _by_modality(saved(workdir / CORPUS) or {})
-  for name, summary in _by_modality(data.summary).items():
-    was, now = (x.get("latent_tokenizer") for x in (before.get(name, {}), summary))
+  for name in _by_modality(data.summary):
+    part = data.of(name) if name in data.summary.get("others", {}) else data
+    was, now = (x.get("latent_tokenizer") for x in (before.get(name, {}), part.summary))
     if was and now and was != now:
-      part = data.of(name) if name in data.summary.get("others", {}) else data
       yield (
         f"latents of the tokenizer {was}, and that of "
         f"data.tokenizer_run={part.config.tokenizer_run!r} is {now}"

@@ -116,11 +116,12 @@ def test_tokenizers_are_compared_modality_by_modality(tmp_path):
   """Whichever comes first, and where a run had fewer."""
   image = dict(modality="image", latent_tokenizer="i")
   speech = dict(modality="speech", latent_tokenizer="s")
-  part = types.SimpleNamespace(config=types.SimpleNamespace(tokenizer_run="there"))
+  where = types.SimpleNamespace(tokenizer_run="there")
 
   def changes(before, now):
     (tmp_path / loop.CORPUS).write_text(json.dumps(before))
-    found = mock.Mock(spec=mixed.LatentData, summary=now, of=lambda name: part, config=part.config)
+    part = lambda name: types.SimpleNamespace(summary=now["others"][name], config=where)
+    found = mock.Mock(spec=mixed.LatentData, summary=now, of=part, config=where)
     return list(loop._other_latents(tmp_path, found))
 
   both = image | dict(others={"speech": speech})
