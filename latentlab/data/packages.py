@@ -120,10 +120,8 @@ def prepare(
   """
   package = PACKAGES[source]
   place = folder(source) if output is None else pathlib.Path(output).expanduser()
-  if (found := _made(package, place)) is not None:
-    return found
   if place.exists():
-    if (found := _made(package, place)) is not None:  # Another process was first.
+    if (found := _made(package, place)) is not None:
       return found
     raise ValueError(f"{str(place)!r} holds something else; delete it, or give another --output.")
   place.parent.mkdir(parents=True, exist_ok=True)

@@ -81,13 +81,7 @@ class Evaluator:
       raise ValueError(f"{split=} does not exist; choose from {sorted(data.splits)}.")
     self._task, self._data, self._split, self._name = task, data, split, features
     self._count, self._seed, self._reconstruction = num_samples, seed, reconstruction
-    self.settings = SolverSettings(
-      guidance=guidance,
-      temperature=temperature,
-      solver=solver,
-      num_steps=num_steps,
-      lambda_min=lambda_min,
-    )
+    self.settings = SolverSettings(guidance, temperature, solver, num_steps, lambda_min)
     self._features = self._real = None
 
   def run(self, params: Params) -> Iterator[tuple[str, float]]:

@@ -165,13 +165,7 @@ class Evaluator:
     self._decoded: _References | None = None
     self._recognizer, self._count = recognizer, min(num_samples, len(data.store.splits[split]))
     self._prompt_seconds, self._speaker_pattern = prompt_seconds, speaker_pattern
-    self.settings = SolverSettings(
-      guidance=guidance,
-      temperature=temperature,
-      solver=solver,
-      num_steps=num_steps,
-      lambda_min=lambda_min,
-    )
+    self.settings = SolverSettings(guidance, temperature, solver, num_steps, lambda_min)
 
   def run(self, params: Params) -> Iterator[tuple[str, float]]:
     """Yields how long drawn utterances are, what is heard in them, and whose voices go on.

@@ -124,17 +124,6 @@ def test_another_process_may_be_first(archive, monkeypatch):
   assert list(place.parent.iterdir()) == [place]  # Nothing else is left.
 
 
-def test_another_process_may_be_done_between_two_looks(archive, monkeypatch):
-  path, made = archive("mnist"), packages._made
-
-  def none_at_first(*args):
-    monkeypatch.setattr(packages, "_made", made)
-    packages.prepare("mnist", archive=path)
-
-  monkeypatch.setattr(packages, "_made", none_at_first)
-  assert packages.prepare("mnist", archive=path)["items"] == 20
-
-
 @pytest.mark.parametrize(
   ("source", "command"),
   [
