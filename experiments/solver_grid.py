@@ -152,7 +152,7 @@ def _decisive(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 def _load(workdir: str, config: ml_collections.ConfigDict, options: Options) -> Run:
   trained = loop.load(workdir)
-  if len(names := trained.data.modalities) > 1:
+  if len(names := getattr(trained.data, "modalities", ())) > 1:
     raise ValueError(f"--workdir={workdir} draws {list(names)}; a grid is of runs on one modality.")
   try:
     evaluator = generation.Evaluator(

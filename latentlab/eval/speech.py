@@ -5,6 +5,10 @@ network of speakers for similarity. No such network is at hand, so numbers carry
 stands in: WER(classifier) is of a small classifier of whole utterances that is trained on the
 training split, and SIM(MFCC) the cosine of standardised cepstral statistics. They compare runs on
 one data set, and nothing with the paper's figures.
+
+Similarity is to recorded speech (SIM-o) and to what the tokenizer decodes of it (SIM-r), terms of
+Voicebox (https://arxiv.org/abs/2306.15687). There both are to the prompt; here, where names tell
+speakers, to the mean of a speaker's training utterances, for a prompt of 0.2 seconds says little.
 """
 
 import dataclasses
@@ -35,7 +39,7 @@ RECOGNIZERS: dict[str, Callable[[MediaRows, pathlib.Path | None], Recognizer]] =
 """Makers of recognisers, given the training split and a folder to keep what they learn in."""
 
 _MOST_REFERENCES = 1_000  # Utterances by whose statistics others are standardised.
-_DECODED_TOGETHER = 64  # Of these: a thousand long sounds are no small thing to hold.
+_DECODED_TOGETHER = 64  # Of these.
 
 
 def register(name: str, make: Callable[[MediaRows, pathlib.Path | None], Recognizer]) -> None:
@@ -229,45 +233,53 @@ class Evaluator:
     if self._recognizer:
       texts = [self._texts[i] for i in chosen]
       yield "wer_continued", metrics.word_error_rate(self._recognize(continued), texts)
-    sounds = dict(
-      similarity=continued,
-      similarity_real=[self._real[i] for i in chosen],
-      similarity_reconstructed=[reconstructed[i] for i in chosen],
-    )
-    sounds = {name: [sound[cut:] for sound in of] for name, of in sounds.items()}
-    beginnings = {"": [self._real[i][:cut] for i in chosen]}
-    beginnings["_r"] = [reconstructed[i][:cut] for i in chosen]
-    for kind, reference in self._references(generator).items():
-      if kind:  # What was recorded is no match for what was decoded.
-        del sounds["similarity_real"]
-      yield from self._to_speakers(reference, kind, sounds, beginnings[kind], chosen)
+    known = {
+      name: np.stack([self._statistics(sounds[i][cut:]) for i in which])
+      for name, sounds, which in (
+        ("", continued, range(len(chosen))),
+        ("_real", self._real, chosen),
+        ("_reconstructed", reconstructed, chosen),
+      )
+    }
+    recorded, decoded = self._recorded, self._references(generator)
+    yield from self._to_speakers(recorded, "", known, "_real", self._real, chosen)
+    del known["_real"]  # What was recorded is no match for what was decoded.
+    yield from self._to_speakers(decoded, "_r", known, "_reconstructed", reconstructed, chosen)
 
   def _to_speakers(
     self,
     reference: "_References",
     kind: str,
-    sounds: Mapping[str, Sequence[np.ndarray]],
+    known: Mapping[str, Float[np.ndarray, "n features"]],
+    floor: str,
     beginnings: Sequence[np.ndarray],
     chosen: Sequence[int],
   ) -> Iterator[tuple[str, float]]:
-    """Similarity of sounds to their speakers, or to their beginnings; names have `kind` in them."""
+    """Similarity of sounds to their speakers, or to their beginnings where speakers are unknown.
+
+    Args:
+      reference: Of the speakers, and in whose units statistics are compared.
+      kind: Stands in the names of what is yielded, behind `similarity`.
+      known: Statistics of the sounds of `chosen`, by what stands at the end of these names.
+      floor: Those of them whose similarity to other speakers is the floor.
+      beginnings: Sounds of all utterances, `[S 1]`, whose beginnings stand for their speakers.
+      chosen: Utterances of the split.
+    """
     if self._speaker_pattern:
       speakers = self._speakers(reference)
       names = sorted(speakers)
       own = [names.index(self._speaker(self._rows.names[i])) for i in chosen]
       every = np.stack([speakers[name] for name in names])
     else:
-      own = list(range(len(chosen)))
-      every = np.stack([self._embed(sound, reference) for sound in beginnings])
-    floor = "similarity_reconstructed" if kind else "similarity_real"
-    for name, of in sounds.items():
-      vectors = np.stack([self._embed(sound, reference) for sound in of])
-      cosines = _directions(vectors) @ _directions(every).T
-      ending = name.removeprefix("similarity")
+      own, cut = list(range(len(chosen))), self._prompt_latents * self._hop
+      begun = np.stack([self._statistics(beginnings[i][:cut]) for i in chosen])
+      every = reference.standard(begun)
+    for ending, vectors in known.items():
+      cosines = _directions(reference.standard(vectors)) @ _directions(every).T
       yield f"similarity{kind}{ending}", float(cosines[np.arange(len(own)), own].mean())
       if self._speaker_pattern:
         yield f"speaker_accuracy{kind}{ending}", float((cosines.argmax(1) == own).mean())
-      if name == floor:
+      if ending == floor:
         strangers = np.array(own)[:, None] != np.arange(len(every))
         yield f"similarity{kind}_others", float(cosines[strangers].mean())
 
@@ -351,18 +363,19 @@ class Evaluator:
     options = features_lib.spectrogram_options(self._rate)
     return metrics.mfcc_statistics(sound[:, 0], self._rate, **options)
 
-  def _references(self, generator: Any) -> dict[str, "_References"]:
-    """What similarity is to, as recorded and, under `_r`, as the tokenizer decodes it."""
-    if self._decoded is None:  # Once: all evaluations of a run have one tokenizer.
+  def _references(self, generator: Any) -> "_References":
+    """`_recorded` as the tokenizer decodes it; once, as all evaluations of a run have one."""
+    if self._decoded is None:
       items, count = self._data.store.splits["train"], len(self._recorded.names)
       known = []
+      # In parts: a thousand long sounds are no small thing to hold.
       for start in range(0, count, _DECODED_TOGETHER):
         some = range(start, min(start + _DECODED_TOGETHER, count))
         known += [
           self._statistics(x) for x in generator.decode([items.item(i).means for i in some])
         ]
       self._decoded = _References(self._recorded.names, np.stack(known))
-    return {"": self._recorded, "_r": self._decoded}
+    return self._decoded
 
   @functools.cached_property
   def _recorded(self) -> "_References":
@@ -374,11 +387,6 @@ class Evaluator:
       batch = rows.rows(np.array([i]))
       found.append(self._statistics(batch["media"][0, : batch["lengths"][0]]))
     return _References(list(rows.names[:count]), np.stack(found))
-
-  def _embed(
-    self, sound: Float[np.ndarray, "S 1"], reference: "_References"
-  ) -> Float[np.ndarray, "features"]:
-    return reference.standard(self._statistics(sound))
 
   def _speakers(self, reference: "_References") -> dict[str, Float[np.ndarray, "features"]]:
     """Of each speaker, the mean of the training utterances."""
@@ -411,7 +419,12 @@ class _References:
 
   def standard(self, x: Float[np.ndarray, "*n features"]) -> Float[np.ndarray, "*n features"]:
     """In units of these utterances', so that cosines of strangers are near 0."""
-    return (x - self.known.mean(0)) / np.maximum(self.known.std(0), 1e-6)
+    mean, std = self._moments
+    return (x - mean) / np.maximum(std, 1e-6)
+
+  @functools.cached_property
+  def _moments(self) -> tuple[Float[np.ndarray, "features"], Float[np.ndarray, "features"]]:
+    return self.known.mean(0), self.known.std(0)
 
 
 def _directions(vectors: Float[np.ndarray, "n features"]) -> Float[np.ndarray, "n features"]:

@@ -75,7 +75,7 @@ def config_of(config: ml_collections.ConfigDict, modality: str) -> ml_collection
   """The config of a run as if it were on one of its `modalities` alone; `KeyError` of another."""
   alone = ml_collections.ConfigDict(config.to_dict())
   part = modalities(alone)[modality]
-  lengths = {name: config.data[name] for name in ("seq_length", "documents_per_row")}
+  lengths = {name: config.data[name] for name in mixed.OF_ROWS}
   with alone.unlocked():
     alone.data, alone.tokenizer = part.data, part.get("tokenizer")
     alone.latents = ml_collections.ConfigDict(alone.latents.to_dict() | part.latents.to_dict())

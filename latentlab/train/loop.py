@@ -460,24 +460,26 @@ def _check_tokenizer(workdir: pathlib.Path, data: data_lib.Data) -> None:
 
 def _check_latents(workdir: pathlib.Path, data: data_lib.Data) -> None:
   """Raises if the run of `workdir` was trained on latents of another tokenizer."""
-  for change in _other_latents(workdir, data):
+  if changes := _other_latents(workdir, data):
     raise ValueError(
-      f"The run of {str(workdir)!r} was trained on {change}: the parameters know other latents. "
-      "Give the tokenizer that they were trained on, or start in another workdir."
+      f"The run of {str(workdir)!r} was trained on {'; on '.join(changes)}: the parameters know "
+      "other latents. Give the tokenizer that they were trained on, or start in another workdir."
     )
 
 
-def _other_latents(workdir: pathlib.Path, data: data_lib.Data) -> Iterator[str]:
+def _other_latents(workdir: pathlib.Path, data: data_lib.Data) -> list[str]:
   """For each modality with another tokenizer than the run of `workdir` had: that one, and this."""
-  before = _by_modality(saved(workdir / CORPUS) or {})
+  before, changes = _by_modality(saved(workdir / CORPUS) or {}), []
   for name in _by_modality(data.summary):
-    part = data.of(name) if name in data.summary.get("others", {}) else data
+    other = name in data.summary.get("others", {})
+    part, where = (data.of(name), f"others.{name}.") if other else (data, "")
     was, now = (x.get("latent_tokenizer") for x in (before.get(name, {}), part.summary))
     if was and now and was != now:
-      yield (
+      changes.append(
         f"latents of the tokenizer {was}, and that of "
-        f"data.tokenizer_run={part.config.tokenizer_run!r} is {now}"
+        f"{where}data.tokenizer_run={part.config.tokenizer_run!r} is {now}"
       )
+  return changes
 
 
 def _by_modality(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

@@ -122,13 +122,14 @@ def test_tokenizers_are_compared_modality_by_modality(tmp_path):
     (tmp_path / loop.CORPUS).write_text(json.dumps(before))
     part = lambda name: types.SimpleNamespace(summary=now["others"][name], config=where)
     found = mock.Mock(spec=mixed.LatentData, summary=now, of=part, config=where)
-    return list(loop._other_latents(tmp_path, found))
+    return loop._other_latents(tmp_path, found)
 
   both = image | dict(others={"speech": speech})
   assert not changes(speech, both) and not changes(both, speech)
   assert not changes(both, speech | dict(others={"image": image}))
   found = changes(speech | dict(latent_tokenizer="t"), both)
-  assert found == ["latents of the tokenizer t, and that of data.tokenizer_run='there' is s"]
+  where = "others.speech.data.tokenizer_run='there'"
+  assert found == [f"latents of the tokenizer t, and that of {where} is s"]
 
 
 def test_a_stop_in_a_tokenizers_last_step_stops_the_run(tmp_path, monkeypatch):
