@@ -118,6 +118,9 @@ def test_what_does_not_fit_is_named(filled, workdirs, tmp_path):
     solver_grid.fill({"seed0": changed}, grid, OPTIONS, path)
   with pytest.raises(ValueError, match="two runs of seed 0"):
     solver_grid.load_runs([workdirs[0], workdirs[0]], OPTIONS)
+  tokenizer = str(pathlib.Path(workdirs[0]).parent / "tokenizer")
+  with pytest.raises(ValueError, match="tokenizer: a generation is of a model over latents"):
+    solver_grid.load_runs([tokenizer], OPTIONS)
   with pytest.raises(ValueError, match="no config.json"):
     solver_grid.load_runs([str(tmp_path)], OPTIONS)
   folder = tmp_path / "other"
