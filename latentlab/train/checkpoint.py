@@ -25,6 +25,12 @@ logger = logging.getLogger(__name__)
 
 Tree = TypeVar("Tree")
 
+# Copies of an array on several devices are written in parts, a slice from each, where the parts are
+# worth it: each shape has its slices compiled, 10 ms, while the step that saves waits.
+_HANDLERS = ocp.type_handlers.create_type_handler_registry(
+  (jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20))
+)
+
 
 class UnreadableError(ValueError):
   """A checkpoint whose files are truncated, missing or damaged."""
@@ -86,7 +92,7 @@ class Checkpointer:
         cleanup_tmp_directories=not read_only,
       ),
       item_handlers={
-        "state": ocp.PyTreeCheckpointHandler(),
+        "state": ocp.PyTreeCheckpointHandler(type_handler_registry=_HANDLERS),
         "iterator": ocp.JsonCheckpointHandler(),
       },
     )

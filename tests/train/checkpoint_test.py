@@ -47,6 +47,23 @@ def _save(workdir, steps=(1, 2, 3), **options):
       c.save(step, _state(step), {"next_index": step}, {"validation/loss": 10.0 - step})
 
 
+def test_saving_copies_on_several_devices_compiles_nothing(tmp_path):
+  """Slices of them would have to be, for each shape, while the step waits."""
+  compiled = []
+  listen = lambda name, seconds, **_: compiled.append(name) if "compile" in name else None
+  mesh = jax.make_mesh((8,), ("data",))
+  copies = jax.device_put(_state()["params"], NamedSharding(mesh, P()))
+  with checkpoint.Checkpointer(tmp_path) as c:
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+      c.save(1, dict(params=copies), {})
+      c.wait()
+    finally:
+      jax.monitoring.unregister_event_duration_listener(listen)
+    assert not compiled
+    _assert_equal(c.restore(_abstract(dict(params=copies)))[1], dict(params=copies))
+
+
 def test_round_trip_is_exact_and_survives_donation(tmp_path):
   state = _state(7)
   expected = jax.tree.map(lambda x: jnp.array(x, copy=True) if x.dtype == jnp.float32 else x, state)
