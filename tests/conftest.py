@@ -55,7 +55,7 @@ pytest.register_assert_rewrite(
 _TESTS = pathlib.Path(__file__).parent
 # What changes with jax: ops, kernels of GPUs (which older ones refuse), and the models of language;
 # the main job's smoke run beside them is the trainer's and the sampler's.
-_QUICK = ("ops/", "models/language_model_test.py", "models/latentlm_test.py")
+_QUICK = ("ops/", "models/language_model_test.py")
 _ONLY = {"cpu": "cpu_only", "cuda": "gpu_only", "tpu": "tpu_only"}
 
 
@@ -103,6 +103,15 @@ def cpu_flags() -> Callable[[int], str]:
   """`XLA_FLAGS` of a process on the CPU alone, by its devices: it compiles as fast as this one."""
   fast = (*_UNOPTIMISED, *_OLDER_EMITTERS)
   return lambda devices: " ".join([f"--xla_force_host_platform_device_count={devices}", *fast])
+
+
+@pytest.fixture
+def core(worker_id) -> int:
+  """A core for what is bound to one, so that workers side by side do not share it."""
+  available = sorted(os.sched_getaffinity(0))
+  return available[
+    int(worker_id.removeprefix("gw") if worker_id != "master" else 0) % len(available)
+  ]
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from experiments.benchmarks import inference, specs  # noqa: E402 (after the ski
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["transformer", "diff_transformer", "retnet"])
-def test_peers_go_on_with_the_same_tokens(model):
-  cases = inference.run_cases(model, specs.SIZES["tiny"], 2, [64, 96], [0], 1, 3)
+def test_peers_go_on_with_the_same_tokens(model, core):
+  cases = inference.run_cases(model, specs.SIZES["tiny"], 2, [64, 96], [core], 1, 3)
   assert list(cases) == [64, 96]
   names = {"logits_max_difference", "greedy_tokens_max_difference"}
   if model == "retnet":  # Which reads these prompts into a state of its own too.
