@@ -62,9 +62,10 @@ def _retention(shape, itemsize, platform) -> Search:
   if platform == "gpu":
     tiles = _grid(blocks.GpuTile, rows=(64, 128, 192, 256), warpgroups=(1, 2), stages=(2, 3, 4))
     start = blocks.GpuBlocks.for_sizes(
-      shape.batch * shape.num_heads, shape.head_dim, shape.value_head_dim
+      shape.batch * shape.num_heads, shape.length, shape.head_dim, shape.value_head_dim
     )
-    return Search(start, _every_field(start, tiles), functools.partial(function, gpu.chunkwise))
+    choices = _every_field(start, tiles) | dict(segments=(1, 2, 4, 8, 16))
+    return Search(start, choices, functools.partial(function, gpu.chunkwise))
   heads = shape.num_heads
   sizes = blocks.Sizes(
     *(shape.batch, shape.length, heads, heads, shape.head_dim, shape.value_head_dim, itemsize)

@@ -25,6 +25,9 @@ from latentlab.typing import Array, Float, Int
 from pallas_kernels.retention import DecodeImplementation, Implementation
 from pallas_kernels.retention import retention as kernel
 from pallas_kernels.retention import retention_decode as decode_kernel
+from pallas_kernels.retention.gates import RESET, finite_gates
+from pallas_kernels.retention.reference import document_starts, valid_tokens
+from pallas_kernels.retention.segments import segment_updates
 
 __all__ = ["decay_scale", "log_decay_rates", "retention", "retention_decode"]
 
@@ -155,39 +158,23 @@ def retention_decode(
 def _sequence_sharded(args, axes, options):
   """Retention of one device's stretch of tokens, within `shard_map` over `axes`."""
   k, v, log_decay = args["k"], args["v"], args["log_decay"]
-  batch, length, kv_heads, _ = k.shape
+  batch, length = k.shape[:2]
   index, count = jax.lax.axis_index(axes), axes_size(axes)
   if "lengths" in args:
     args["lengths"] = jnp.clip(args["lengths"] - index * length, 0, length)
-  ends = args.get("lengths", jnp.full(batch, length))
-  valid = jnp.arange(length) < ends[:, None]
-
-  # The decay from each token to the end: zero unless its document lasts until then.
-  if log_decay.ndim == 1:
-    gap = (ends[:, None] - 1 - jnp.arange(length))[..., None]
-    leave = jnp.where(gap > 0, jnp.exp(log_decay * jnp.maximum(gap, 1)), 1)
-    gap = ends[:, None]
-    carry = jnp.where(gap > 0, jnp.exp(log_decay * jnp.maximum(gap, 1)), 1)
-  else:
-    steps = jnp.where(valid[..., None], log_decay, 0).astype(jnp.float32)
-    sums = jax.lax.cumsum(steps, axis=1, reverse=True)
-    leave = jnp.exp(jnp.pad(sums[:, 1:], ((0, 0), (0, 1), (0, 0))))
-    carry = jnp.exp(sums[:, 0])
-  leave = jnp.where(valid[..., None], leave, 0)
+  valid = valid_tokens(args.get("lengths", jnp.full(batch, length)), length)
+  gates = jnp.broadcast_to(log_decay, (batch, length, log_decay.shape[-1]))
+  gates = finite_gates(gates, None, valid)
   if "segment_ids" in args:
     ids = args["segment_ids"]
     left = jax.lax.ppermute(ids[:, -1:], axes, [(i, i + 1) for i in range(count - 1)])
     left = jnp.where(index == 0, ids[:, :1], left)
-    starts = (ids != jnp.concatenate([left, ids[:, :-1]], axis=1)) & valid
-    later = jax.lax.cumsum(starts.astype(jnp.int32), axis=1, reverse=True) - starts
-    leave = jnp.where((later == 0)[..., None], leave, 0)
-    carry = jnp.where(starts.any(axis=1)[:, None], 0, carry)
+    starts = document_starts(jnp.concatenate([left, ids], axis=1), None)[:, 1:] & valid
+    gates = jnp.where(starts[..., None], RESET, gates)
 
-  # Padded tokens have leave = 0, but what they hold may be a NaN.
+  # What a padded token holds may be a NaN.
   k, v = (jnp.where(valid[..., None, None], x, 0) for x in (k, v))
-  leave = leave.reshape(batch, length, kv_heads, -1)
-  state = jnp.einsum("BTKG,BTKH,BTKV->BKGHV", leave, k, v, preferred_element_type=jnp.float32)
-  state = state.reshape(batch, -1, *state.shape[3:])
+  carry, state = (x[:, 0] for x in segment_updates(k[:, None], v[:, None], gates[:, None]))
   initial = args.get("initial_state", jnp.zeros_like(state))
   carry = carry[..., None, None]
   state += jnp.where(index == 0, carry * initial, 0)

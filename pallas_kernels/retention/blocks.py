@@ -2,8 +2,12 @@
 
 import dataclasses
 
-from pallas_kernels.mosaic_gpu import MAX_SMEM_BYTES, num_cores
+from pallas_kernels.mosaic_gpu import MAX_SMEM_BYTES, WARPGROUP_ROWS, num_cores
 from pallas_kernels.mosaic_tpu import LANES, chip, padded_bytes, vmem_limit_bytes
+
+GPU_CHUNK = WARPGROUP_ROWS  # Tokens: the least that fills a matrix instruction, so the least work.
+
+_LEAST_SEGMENT = 1024  # Tokens, which its states' way from and to memory is little beside.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,19 +161,29 @@ class GpuTile:
 
 @dataclasses.dataclass(frozen=True)
 class GpuBlocks:
-  """Of the chunkwise GPU kernel, for each of its uses."""
+  """Of the chunkwise GPU kernel.
+
+  Attributes:
+    fwd: For each of its uses.
+    bwd_dq: Likewise.
+    bwd_dk: Likewise.
+    bwd_dv: Likewise.
+    segments: What a sequence is cut into, to run side by side.
+  """
 
   fwd: GpuTile
   bwd_dq: GpuTile
   bwd_dk: GpuTile
   bwd_dv: GpuTile
+  segments: int = 1
 
   @classmethod
-  def for_sizes(cls, heads: int, head_dim: int, value_dim: int) -> "GpuBlocks":
+  def for_sizes(cls, heads: int, length: int, head_dim: int, value_dim: int) -> "GpuBlocks":
     """For as many heads in the batch; the state lies on its side where `q` or `k` is the result."""
-    upright = GpuTile.for_state(heads, head_dim, value_dim)
-    lying = GpuTile.for_state(heads, value_dim, head_dim)
-    return cls(fwd=upright, bwd_dq=lying, bwd_dk=lying, bwd_dv=upright)
+    segments = _segments(heads, length, head_dim, value_dim)
+    upright = GpuTile.for_state(heads * segments, head_dim, value_dim)
+    lying = GpuTile.for_state(heads * segments, value_dim, head_dim)
+    return cls(upright, lying, lying, upright, segments)
 
   def check(self, head_dim: int, value_dim: int) -> None:
     """Raises a `ValueError` where a tile does not fit."""
@@ -177,3 +191,21 @@ class GpuBlocks:
       tile.check(head_dim, value_dim)
     for tile in (self.bwd_dq, self.bwd_dk):
       tile.check(value_dim, head_dim)
+    if self.segments < 1:
+      raise ValueError(f"{self} needs at least one segment.")
+
+
+def _segments(heads: int, length: int, head_dim: int, value_dim: int) -> int:
+  """The fewest of those that should take the least time, by the products of the busiest core."""
+
+  def products(segments):  # For each token of the sequence.
+    states = heads * segments
+    tile = GpuTile.for_state(states, head_dim, value_dim)
+    rows, columns = tile.rows, 64 * tile.warpgroups
+    blocks = states * (head_dim // rows) * (value_dim // columns)
+    of_block = 2 * GPU_CHUNK * rows + columns * (2 * GPU_CHUNK + 4 * rows)
+    of_cut = 2 * heads * head_dim * value_dim / num_cores() if segments > 1 else 0
+    return -(-blocks // num_cores()) * of_block / segments + of_cut
+
+  counts = (2**i for i in range(9))
+  return min((n for n in counts if n == 1 or length >= n * _LEAST_SEGMENT), key=products)

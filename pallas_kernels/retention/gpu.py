@@ -13,16 +13,17 @@ import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jax.experimental import pallas as pl
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from pallas_kernels import mosaic_gpu
 from pallas_kernels.common import vary_alike
 from pallas_kernels.mosaic_gpu import LOG2E, WARPGROUP_ROWS, plgpu
 from pallas_kernels.retention import reference
-from pallas_kernels.retention.blocks import GpuBlocks, GpuTile
-from pallas_kernels.retention.gates import finite_gates
+from pallas_kernels.retention.blocks import GPU_CHUNK, GpuBlocks, GpuTile
+from pallas_kernels.retention.gates import RESET, finite_gates
+from pallas_kernels.retention.segments import entering_states
 
-CHUNK = WARPGROUP_ROWS  # Tokens: the least that fills a matrix instruction, so the least work.
+CHUNK = GPU_CHUNK
 
 _COPIED_ROWS = 8  # The copy engine's tile; beyond the last it reads zeros, and writes nothing.
 _DTYPES = (jnp.bfloat16, jnp.float16)
@@ -58,7 +59,7 @@ def chunkwise(
   mosaic_gpu.refuse_unless_supported()
   _refuse_inputs(q, k, v)
   (batch, length, heads, head_dim), value_dim = q.shape, v.shape[-1]
-  blocks = blocks or GpuBlocks.for_sizes(batch * heads, head_dim, value_dim)
+  blocks = blocks or GpuBlocks.for_sizes(batch * heads, length, head_dim, value_dim)
   blocks.check(head_dim, value_dim)
 
   valid = None if lengths is None else reference.valid_tokens(lengths, length)
@@ -67,13 +68,20 @@ def chunkwise(
   if valid is not None:  # What a padded token holds is not ours to trust, and may be a NaN.
     k, v = (jnp.where(valid[..., None, None], x, 0) for x in (k, v))
   state = () if initial_state is None else (initial_state.astype(jnp.float32),)
-  if padding := -length % _COPIED_ROWS:
+  segments = blocks.segments
+  if padding := -length % (_COPIED_ROWS if segments == 1 else segments * CHUNK):
     q, k, v, gates = (
       jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2)) for x in (q, k, v, gates)
     )
   q, k, v, gates, *state = vary_alike(q, k, v, gates, *state)
+  if segments > 1:  # Which are rows of a larger batch.
+    cut = lambda x: x.reshape(batch, segments, -1, *x.shape[2:])
+    entering = entering_states(cut(k), cut(v), cut(gates), *state)
+    q, k, v, gates = (x.reshape(batch * segments, -1, *x.shape[2:]) for x in (q, k, v, gates))
+    state = [entering.reshape(-1, *entering.shape[2:])]
   out, last = _chunkwise(blocks, q, k, v, gates, tuple(state))
-  return out[:, :length], last
+  out = out.reshape(batch, -1, heads, value_dim)[:, :length]
+  return out, last.reshape(batch, segments, *last.shape[1:])[:, -1]
 
 
 def _refuse_inputs(q, k, v):
@@ -132,11 +140,10 @@ def _chunkwise_bwd(blocks, residuals, cotangents):
     float32 = lambda x: x.astype(jnp.float32)
     of_queries = jnp.sum(float32(q) * dq, -1)
     of_keys = jnp.sum(jnp.repeat(float32(k), q.shape[2] // k.shape[2], 2) * dk, -1)
-    dgates = jax.lax.cumsum(of_queries - of_keys, axis=1, reverse=True)
+    terms = of_queries - of_keys
     if dlast is not None:
-      dgates += jnp.sum(last * dlast, (2, 3))[:, None]
-    if not initial:  # Nothing crosses the first gate: what is there is what rounding added up to.
-      dgates -= dgates[:, :1] * (1 - jnp.arange(q.shape[1]) / q.shape[1])[:, None]
+      terms = terms.at[:, -1].add(jnp.sum(last * dlast, (2, 3)))
+    dgates = _sums_behind(terms, gates <= RESET, open_start=bool(initial))
   dk, dv = (
     x.reshape(*x.shape[:2], k.shape[2], -1, x.shape[-1]).sum(3, dtype=jnp.float32) for x in (dk, dv)
   )
@@ -144,6 +151,27 @@ def _chunkwise_bwd(blocks, residuals, cotangents):
 
 
 _chunkwise.defvjp(_chunkwise_fwd, _chunkwise_bwd, symbolic_zeros=True)
+
+
+def _sums_behind(
+  terms: Float[Array, "B T N"], forgets: Bool[Array, "B T N"], *, open_start: bool
+) -> Float[Array, "B T N"]:
+  """Sums of the terms from each token to the end of its run: until one that forgets what was.
+
+  Nothing crosses the start of a run, unless a state enters the first of them, so the sum over a
+  whole run is zero: what it is instead is what rounding added up to, and is taken out evenly.
+  """
+  length = terms.shape[1]
+  at = jnp.arange(length)[:, None]
+  start = jax.lax.cummax(jnp.where(forgets, at, 0), axis=1)
+  end = jax.lax.cummin(jnp.where(forgets, at, length), axis=1, reverse=True)
+  end = jnp.pad(end[:, 1:], ((0, 0), (0, 1), (0, 0)), constant_values=length)
+  sums = jnp.pad(jax.lax.cumsum(terms, axis=1, reverse=True), ((0, 0), (0, 1), (0, 0)))
+  behind = jnp.take_along_axis(sums, end, axis=1)
+  rounding = (jnp.take_along_axis(sums, start, axis=1) - behind) * (end - at) / (end - start)
+  if open_start:
+    rounding = jnp.where((start == 0) & ~forgets[:, :1], 0, rounding)
+  return sums[:, :-1] - behind - rounding
 
 
 def _exponents(gates: Float[Array, "B T N"], reverse: bool) -> Float[Array, "B N M C"]:

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels.retention import IMPLEMENTATIONS, retention, retention_decode
+from pallas_kernels.retention.gates import RESET
+from pallas_kernels.retention.segments import entering_states
 
 NAMES = ("out", "state", "dq", "dk", "dv", "dlog_decay", "dstate")
 FORMS = ("xla", "parallel", "recurrent")
@@ -137,6 +139,37 @@ def test_retnet_09_long_run_stays_finite_and_bounded():
   np.testing.assert_allclose(state, want_state, rtol=0, atol=1e-4 * np.abs(want_state).max())
   writes = np.linalg.norm(k, axis=-1) * np.linalg.norm(v, axis=-1)
   assert (np.linalg.norm(state[0], axis=(1, 2)) <= writes.max() / (1 - gammas)).all()
+
+
+@pytest.mark.parametrize("with_state", [True, False])
+def test_states_that_enter_segments(with_state):
+  """The states of the recurrence over what comes before, and their gradients."""
+  _, k, v, gates, state = _inputs(2, 12, 4, 2, 3, 5, per_token=True)
+  gates = gates.at[0, 3, 1].set(RESET).at[1, 8].set(RESET).at[1, 2, 0].set(0)
+  cut = lambda x: x.reshape(2, 3, 4, *x.shape[2:])
+  args = (k, v, gates, *([state] if with_state else []))
+
+  def weighed(states, *args):
+    weights = np.random.default_rng(2).normal(size=(2, 3, 4, 3, 5))
+    return jnp.sum(weights * jnp.sin(states(*args)))
+
+  def entering(k, v, gates, state=None):
+    return entering_states(cut(k), cut(v), cut(gates), state)
+
+  def recurrent(k, v, gates, state=None):
+    zeros = jnp.zeros((2, 12, 4, 3), k.dtype)
+    ends = lambda t: retention(
+      *(x[:, :t] for x in (zeros, k, v, gates)), initial_state=state, implementation="recurrent"
+    )
+    return jnp.stack([ends(t)[1] for t in (0, 4, 8)], axis=1)
+
+  np.testing.assert_allclose(entering(*args), recurrent(*args), atol=1e-5)
+  got, want = (
+    jax.jit(jax.grad(functools.partial(weighed, f), range(len(args))))(*args)
+    for f in (entering, recurrent)
+  )
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_no_tokens_leave_the_state():

@@ -1,0 +1,76 @@
+"""A sequence in segments that run side by side, each from the state that enters it.
+
+One pass over keys and values gives what each segment writes, which needs no queries and no outputs;
+a prefix over the segments, of pairs `(decay, state)`, gives what enters them. Where the heads of a
+batch are too few for a chip, segments are what it shares out.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from pallas_kernels.common import vary_alike
+from pallas_kernels.retention.reference import state_dtype
+
+
+def entering_states(
+  k: Float[Array, "B S L K H"],
+  v: Float[Array, "B S L K V"],
+  gates: Float[Array, "B S L N"],
+  initial_state: Float[Array, "B N H V"] | None = None,
+) -> Float[Array, "B S N H V"]:
+  """The state before each of `S` segments of `L` tokens.
+
+  Args:
+    k: Keys; zeros where tokens are padding.
+    v: Values; likewise.
+    gates: Log decays, of which every sum is finite (`gates.finite_gates`).
+    initial_state: Before the first segment; zeros if `None`.
+  """
+  decay, update = segment_updates(k, v, gates)
+  if initial_state is None:
+    initial_state = jnp.zeros_like(update[:, 0])
+  decay, update, state = vary_alike(decay[..., None, None], update, initial_state)
+  by_segment = (decay.swapaxes(0, 1), update.swapaxes(0, 1))
+  _, entering = jax.lax.scan(lambda s, x: (x[0] * s + x[1], s), state, by_segment)
+  return entering.swapaxes(0, 1)
+
+
+def segment_updates(
+  k: Float[Array, "B S L K H"], v: Float[Array, "B S L K V"], gates: Float[Array, "B S L N"]
+) -> tuple[Float[Array, "B S N"], Float[Array, "B S N H V"]]:
+  """What segments do to a state `s`, which becomes `decay * s + update`: see `entering_states`."""
+  batch, segments, length, kv_heads, _ = k.shape
+  # Sums from the end lose nothing to a gate that forgets, and are no differences.
+  sums = jax.lax.cumsum(gates, axis=2, reverse=True)
+  leave = jnp.exp(jnp.pad(sums[:, :, 1:], ((0, 0), (0, 0), (0, 1), (0, 0))))
+  leaving = leave.reshape(batch, segments, length, kv_heads, -1, 1) * k[:, :, :, :, None]
+  update = _update(leaving.astype(k.dtype), v)
+  return jnp.exp(sums[:, :, 0]), update.reshape(batch, segments, -1, *update.shape[-2:])
+
+
+@jax.custom_vjp
+def _update(
+  keys: Float[Array, "B S L K G H"], v: Float[Array, "B S L K V"]
+) -> Float[Array, "B S K G H V"]:
+  """Sums of `k^T v` in float32, whose gradient meets keys and values in their own dtype."""
+  return _contract("BSLKGH,BSLKV->BSKGHV", keys, v)
+
+
+def _update_fwd(keys, v):
+  return _update(keys, v), (keys, v)
+
+
+def _update_bwd(residuals, d_state):
+  keys, v = residuals
+  d_state = d_state.astype(v.dtype)
+  d_keys = _contract("BSKGHV,BSLKV->BSLKGH", d_state, v).astype(keys.dtype)
+  return d_keys, _contract("BSKGHV,BSLKGH->BSLKV", d_state, keys).astype(v.dtype)
+
+
+_update.defvjp(_update_fwd, _update_bwd)
+
+
+def _contract(equation, x, y):
+  return jnp.einsum(equation, x, y, preferred_element_type=state_dtype(x.dtype))
