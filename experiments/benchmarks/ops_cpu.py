@@ -30,6 +30,11 @@ _OUTPUT = flags.DEFINE_string(
   "ops_output", "experiments/results/benchmarks/ops_cpu.json", "Where figures go; '' for nowhere."
 )
 _CASES = flags.DEFINE_list("ops_cases", None, "Cases to time, by prefix; all by default.")
+_SHAPES = flags.DEFINE_list(
+  "ops_shapes",
+  None,
+  "Shapes in place of the cases' own, as BATCHxLENGTHxHEADSxHEAD_DIMxVALUE_DIM: 8x2048x4x32x64.",
+)
 
 TOLERANCE = 1e-4  # Relative, of the norm.
 TURN_SECONDS = 0.3  # At least, and three calls after an untimed one.
@@ -304,24 +309,41 @@ def _match(name, who, option, want, got) -> None:
       )
 
 
+def parse_shape(text: str) -> specs.Attention:
+  """A shape of `--ops_shapes`."""
+  try:
+    sizes = [int(x) for x in text.split("x")]
+  except ValueError:
+    sizes = []
+  if len(sizes) != 5 or min(sizes) < 1:
+    raise app.UsageError(
+      f"--ops_shapes={text}: five positive numbers with an x between them are a shape, as in "
+      f"8x2048x4x32x64 (batch, length, heads, head_dim, value_dim)."
+    )
+  return specs.Attention(*sizes)
+
+
 def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"arguments without a flag: {argv[1:]}")
   os.environ.update({"JAX_PLATFORMS": "cpu"} | huge_pages.environment())
   available = sorted(os.sched_getaffinity(0))
   cores, rounds = available[: flags.FLAGS.cores], flags.FLAGS.rounds
+  shapes = [parse_shape(x) for x in _SHAPES.value or ()]
   result = environment(cores) | dict(dtype="float32", rounds=rounds, cases={})
   for name in CASES:
     if _CASES.value and not name.startswith(tuple(_CASES.value)):
       continue
-    report = result["cases"][name] = run_case(name, cores, rounds)
-    gate = "" if report["gate"] is None else f", where the gate is {report['gate']}"
-    modes = "{ours} against {peer}".format(**report["modes"])
-    print(f"{name}: {report['ratio']:.2f} times the peer's speed ({modes}){gate}")
-    if _OUTPUT.value:
-      output = pathlib.Path(_OUTPUT.value)
-      output.parent.mkdir(parents=True, exist_ok=True)
-      output.write_text(json.dumps(result, indent=2) + "\n")
+    for shape, label in zip(shapes or [None], _SHAPES.value or [""], strict=True):
+      case = f"{name}@{label}" if label else name
+      report = result["cases"][case] = run_case(name, cores, rounds, shape)
+      gate = "" if report["gate"] is None else f", where the gate is {report['gate']}"
+      modes = "{ours} against {peer}".format(**report["modes"])
+      print(f"{case}: {report['ratio']:.2f} times the peer's speed ({modes}){gate}")
+      if _OUTPUT.value:
+        output = pathlib.Path(_OUTPUT.value)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
