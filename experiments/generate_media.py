@@ -19,6 +19,7 @@ from absl import flags
 from latentlab import sample
 from latentlab.data import images
 from latentlab.data.media_files import WavWriter
+from latentlab.layers.diffusion_head import check_solver
 from latentlab.layers.latent_heads import SolverSettings
 from latentlab.train import media_sample, media_stream
 
@@ -31,6 +32,11 @@ CAPTION = flags.DEFINE_multi_string("caption", [], "An image file to write a tex
 GUIDANCE = flags.DEFINE_float("guidance", None, "Scale of classifier-free guidance; 1 is none.")
 NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Steps of the head's solver.", lower_bound=1)
 SOLVER = flags.DEFINE_string("solver", None, "Solver of the head: dpm_2m, ddim, sde_2m, ...")
+LAMBDA_MIN = flags.DEFINE_float(
+  "lambda_min",
+  None,
+  "Leaves out levels whose ln(alpha / sigma) lies below; -3 for a model that predicts noise.",
+)
 BLOCK_SIZE = flags.DEFINE_integer(
   "block_size",
   None,
@@ -40,7 +46,7 @@ BLOCK_SIZE = flags.DEFINE_integer(
 MODALITY = flags.DEFINE_string(
   "modality", None, "What to draw, of a model of several modalities; the first if not given."
 )
-FLAGS = (CLASSES, CAPTION, GUIDANCE, NUM_STEPS, SOLVER, BLOCK_SIZE, MODALITY)
+FLAGS = (CLASSES, CAPTION, GUIDANCE, NUM_STEPS, SOLVER, LAMBDA_MIN, BLOCK_SIZE, MODALITY)
 
 logger = logging.getLogger("latentlab.generate")
 
@@ -89,7 +95,7 @@ def main(
   folder = pathlib.Path(output or media_sample.folder(workdir, run.data, modality))
   if folder.exists() and not folder.is_dir():
     raise ValueError(f"--output={str(folder)!r} is a file; give a folder.")
-  arguments = [t for _, t in each], _settings(run.config.sample, temperature, task.levels), key
+  arguments = [t for _, t in each], _settings(run.config.sample, temperature, task.diffusion), key
   if _streams(generator, stream):
     paths, lengths = _stream(generator, *arguments, folder)
   else:
@@ -189,8 +195,9 @@ def _class(name: str, names: list[str]) -> int:
   raise ValueError(f"--classes has {name!r}; choose among {names}, or their numbers from 0.")
 
 
-def _settings(section: Any, temperature: float | None, levels: Any) -> SolverSettings:
+def _settings(section: Any, temperature: float | None, diffusion: Any) -> SolverSettings:
   given = dict(guidance=GUIDANCE.value, num_steps=NUM_STEPS.value, solver=SOLVER.value)
+  given["lambda_min"] = LAMBDA_MIN.value
   given["temperature"] = temperature
   section = section.copy_and_resolve_references()
   for name, value in given.items():
@@ -199,13 +206,12 @@ def _settings(section: Any, temperature: float | None, levels: Any) -> SolverSet
   for name in ("guidance", "temperature"):
     if not math.isfinite(section[name]):
       raise ValueError(f"--{name}={section[name]} must be finite.")
-  where = "--guidance, --num_steps, --solver or --temperature"
+  where = "--guidance, --num_steps, --solver, --lambda_min or --temperature"
   chosen = media_sample.settings(section, where)
-  if levels is not None:
-    try:
-      chosen.table(levels)
-    except ValueError as e:
-      raise ValueError(f"{where}: {e}") from e
+  try:
+    check_solver(diffusion, chosen)
+  except ValueError as e:
+    raise ValueError(f"{where}: {e}") from e
   return chosen
 
 

@@ -40,9 +40,10 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from experiments import cells as cells_lib
-from latentlab import app, ops
+from latentlab import app
 from latentlab.data import files
 from latentlab.eval import generation, tables
+from latentlab.layers.diffusion_head import Diffusion, check_solver
 from latentlab.layers.latent_heads import SolverSettings
 from latentlab.models.latentlm import LatentLM
 from latentlab.train import loop
@@ -64,12 +65,14 @@ class Options:
     features: What media are compared by.
     split: Real media.
     seed: Of the samples.
+    lambda_min: Noisier levels are left out.
   """
 
   num_samples: int = 500
   features: str = "classifier"
   split: str = "train"
   seed: int = 0
+  lambda_min: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -90,7 +93,10 @@ class Run:
 
 
 def make_grid(
-  num_steps: Sequence[int], guidance: Sequence[float], solvers: Sequence[str]
+  num_steps: Sequence[int],
+  guidance: Sequence[float],
+  solvers: Sequence[str],
+  lambda_min: float | None = None,
 ) -> dict[str, SolverSettings]:
   """The cells by name.
 
@@ -103,20 +109,20 @@ def make_grid(
   grid = {}
   for solver, steps, scale in itertools.product(solvers, num_steps, guidance):
     try:
-      settings = SolverSettings(guidance=scale, solver=solver, num_steps=steps)
+      settings = SolverSettings(scale, solver=solver, num_steps=steps, lambda_min=lambda_min)
     except ValueError as e:
       raise ValueError(f"--solvers, --num_steps or --guidance: {e}") from e
     grid[f"{solver}_s{steps}_g{scale:g}"] = settings
   return grid
 
 
-def check_levels(levels: ops.NoiseSchedule, grid: Mapping[str, SolverSettings]) -> None:
-  """Raises a `ValueError` where a cell's steps do not fit the levels of a run."""
+def check_cells(diffusion: Diffusion | None, grid: Mapping[str, SolverSettings]) -> None:
+  """Raises a `ValueError` where a cell's steps do not fit a run's model."""
   for name, settings in grid.items():
     try:
-      settings.table(levels)
+      check_solver(diffusion, settings)
     except ValueError as e:
-      raise ValueError(f"--solvers or --num_steps, cell {name}: {e}") from e
+      raise ValueError(f"--solvers, --num_steps or --lambda_min, cell {name}: {e}") from e
 
 
 def load_runs(workdirs: Sequence[str], options: Options) -> dict[str, Run]:
@@ -211,13 +217,12 @@ def fill(
     `limits` of their tokenizers and the `position_floor` of real latents.
 
   Raises:
-    ValueError: the file is of other options or of other parameters, or a run's levels do not fit
+    ValueError: the file is of other options or of other parameters, or a run's model does not fit
       the grid; before anything is drawn.
   """
   result = _read(path, runs, options)
   for run in runs.values():
-    if run.trained.task.levels is not None:
-      check_levels(run.trained.task.levels, grid)
+    check_cells(run.trained.task.diffusion, grid)
   result |= dict(
     command=command,
     versions=dict(jax=jax.__version__, device=jax.devices()[0].device_kind),
@@ -253,10 +258,12 @@ def _read(path: pathlib.Path, runs: Mapping[str, Run], options: Options) -> dict
   result = json.loads(path.read_text("utf-8"))
   for name, here in (("options", asked), *((name, run.about) for name, run in runs.items())):
     there = result["options"] if name == "options" else result["runs"].get(name, here)
-    if changed := [f"{k}={there[k]!r}, not {x!r}" for k, x in here.items() if there[k] != x]:
+    changed = {k: x for k, x in here.items() if there.get(k) != x}
+    if changed:
+      differ = "; ".join(f"{k}={there.get(k)!r}, not {x!r}" for k, x in changed.items())
       raise ValueError(
-        f"--output={path.with_suffix('')} holds cells of {name} with {'; '.join(changed)}: choose "
-        "another --output, or delete it."
+        f"--output={path.with_suffix('')} holds cells of {name} with {differ}: choose another "
+        "--output, or delete it."
       )
   return result
 
@@ -383,15 +390,21 @@ def draw_grid(
 
 def main() -> None:
   values = flags.FLAGS
-  grid = make_grid(_numbers("num_steps", int), _numbers("guidance", float), values.solvers)
+  axes = _numbers("num_steps", int), _numbers("guidance", float), values.solvers
+  grid = make_grid(*axes, values.lambda_min)
   if not values.workdir:
     raise ValueError("--workdir is missing: give the folder of a run, or of several with commas.")
-  options = Options(values.num_samples, values.features, values.split, values.seed)
+  options = Options(
+    values.num_samples, values.features, values.split, values.seed, values.lambda_min
+  )
   command = f"python -m experiments.solver_grid {shlex.join(sys.argv[1:])}"
   draw_grid(values.workdir.split(","), grid, options, pathlib.Path(values.output), command)
 
 
-_FLAGS = ("num_steps", "guidance", "solvers", "num_samples", "features", "split", "seed", "output")
+_FLAGS = (
+  *("num_steps", "guidance", "solvers", "lambda_min"),
+  *("num_samples", "features", "split", "seed", "output"),
+)
 
 
 def _define_flags() -> None:
@@ -400,6 +413,11 @@ def _define_flags() -> None:
   flags.DEFINE_list("num_steps", ["1", "2", "3", "5", "10", "20"], "Steps of the solver.")
   flags.DEFINE_list("guidance", ["1", "1.5", "2", "3", "4"], "Scales of guidance; 1 is none.")
   flags.DEFINE_list("solvers", ["dpm_2m"], "Solvers: dpm_2m, ddim, sde_2m, ...")
+  flags.DEFINE_float(
+    "lambda_min",
+    None,
+    "Leaves out levels whose ln(alpha / sigma) lies below; -3 for a model that predicts noise.",
+  )
   flags.DEFINE_integer("num_samples", 500, "Samples of each cell.", lower_bound=10)
   flags.DEFINE_string("features", "classifier", "What media are compared by, or 'pixels'.")
   flags.DEFINE_string("split", "train", "Split of the real media.")

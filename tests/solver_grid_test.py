@@ -139,10 +139,10 @@ def test_cells_have_the_settings_of_their_names():
 
 
 def test_steps_beyond_the_levels_are_named_before_anything_is_drawn(tmp_path):
-  task = types.SimpleNamespace(levels=Diffusion(num_timesteps=10).levels)
+  task = types.SimpleNamespace(diffusion=Diffusion(num_timesteps=10))
   run = solver_grid.Run(None, types.SimpleNamespace(task=task), None, {})
   grid = solver_grid.make_grid([5, 20], [1.0], ["ddim"])
-  with pytest.raises(ValueError, match="--solvers or --num_steps, cell ddim_s20_g1: .*20"):
+  with pytest.raises(ValueError, match="--lambda_min, cell ddim_s20_g1: .*20"):
     solver_grid.fill({"seed0": run}, grid, OPTIONS, tmp_path / "grid.json")
 
 

@@ -18,10 +18,16 @@ def _of(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
 
 
 def _retention(
-  head_dim: int, value_dim: int, *, heads: int = 8, batch: int = 4, gated: bool = False
+  head_dim: int,
+  value_dim: int,
+  *,
+  heads: int = 8,
+  batch: int = 4,
+  length: int = 4096,
+  gated: bool = False,
 ) -> Program:
   """A training step's: outputs, the final state, and the gradients of what is learned."""
-  lead = (batch, 4096, heads)
+  lead = (batch, length, heads)
   queries, values = _of(*lead, head_dim), _of(*lead, value_dim)
   state = _of(batch, heads, head_dim, value_dim, dtype=jnp.float32)
   log_decay = _of(*(lead if gated else lead[2:]), dtype=jnp.float32)
@@ -119,6 +125,7 @@ _EVERYTHING = dict(kv_heads=4, window=1024, norm=True, documents=True, lengths=T
 # By op, then by head size, value size and what else there is.
 CASES: Mapping[str, Callable[[], Program]] = {
   "retention/64x64": functools.partial(_retention, 64, 64),
+  "retention/64x64_row": functools.partial(_retention, 64, 64, batch=1, length=16384, gated=True),
   "retention/64x64_transformed": _retention_transformed,
   "retention/128x128": functools.partial(_retention, 128, 128, heads=96),
   "retention/256x256_gated": functools.partial(_retention, 256, 256, heads=32, gated=True),

@@ -255,16 +255,19 @@ def run_case(
 
   Raises:
     RuntimeError: They do not compute the same; nothing was timed.
+    ValueError: No chunk fits the shape.
   """
   case_shape, ours, our_options, peer, options, gate = CASES[name]
   shape, backward = shape or case_shape, name.endswith("backward")
   seconds: dict[str, dict[Any, list[tuple[float, float]]]] = {}
+  fits = lambda option: not option or shape.length % option == 0  # As a chunk.
+  for choices in (our_options, options):
+    if not any(map(fits, choices)):
+      raise ValueError(f"{name}: no chunk of {choices} divides a length of {shape.length}.")
   with contextlib.ExitStack() as stack:
     workers, want = {}, None
     for who, program, choices in (("ours", ours, our_options), ("peer", peer, options)):
-      for option in choices:
-        if option and shape.length % option:  # A chunk that does not fit.
-          continue
+      for option in filter(fits, choices):
         worker = stack.enter_context(Worker(program, cores, shape, backward, option))
         got = worker.call("results")
         want = got if want is None else want

@@ -48,6 +48,7 @@ SIZES = {
   ),  # Of tests; no time worth telling.
   "3m": Size(6, 192, dict(transformer=3, diff_transformer=3, retnet=3), 1024, 8, 256),
   "10m": Size(4, 384, dict(transformer=6, diff_transformer=3, retnet=3), 4096, 4, 512),
+  "10m_long": Size(4, 384, dict(transformer=6, diff_transformer=3, retnet=3), 4096, 1, 2048),
 }
 
 

@@ -110,12 +110,7 @@ def build(evals: Mapping[str, Any], task: Any, data: Data, compile: Compile) -> 
       )
     try:
       of_modality = _of_modality(kind, modality, task, data)
-      made = evaluator(*of_modality, compile, **fields)
-      # What a solver cannot do is found here, before training.
-      settings, levels = getattr(made, "settings", None), getattr(of_modality[0], "levels", None)
-      if settings is not None and levels is not None:
-        settings.table(levels)
-      built.append(Evaluation(name, made, every_steps))
+      built.append(Evaluation(name, evaluator(*of_modality, compile, **fields), every_steps))
     except ValueError as e:
       raise ValueError(f"{where}: {e}") from e
   return built

@@ -8,6 +8,7 @@ thousandfold where a sampler starts.
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable
 
 import jax
@@ -22,8 +23,11 @@ from latentlab.layers.feed_forward import FeedForward, FeedForwardConfig, ratio_
 from latentlab.layers.latent_heads import SolverSettings, as_rows, rms
 from latentlab.typing import Array, Float, Int, Key
 
+_logger = logging.getLogger(__name__)
+
 TIME_FEATURES = 256
 _TIME_INIT = nn.initializers.normal(0.02)
+_MAGNIFIED = 100  # Beyond which few steps do not make up for the first one's error.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,6 +252,30 @@ class DiffusionHead(nn.Module):
     network = lambda x, time: head.apply(variables, x, condition + time, method="predict")
     times = self.time(solver_times(d, settings))
     return solve(d, network, times, (self.dim,), keys, settings, scale)
+
+
+def check_solver(diffusion: Diffusion | None, settings: SolverSettings) -> None:
+  """Raises a `ValueError` where a solver does not fit a model; warns where it starts from errors.
+
+  Args:
+    diffusion: The model's; `None` if no solver draws from it, and any settings fit.
+    settings: The solver's.
+  """
+  if diffusion is None:
+    return
+  table = settings.table(diffusion.levels)
+  magnified = table.sigma[0] / table.alpha[0] if diffusion.prediction == "epsilon" else 1
+  if magnified > _MAGNIFIED:
+    _warn_of_first_step(f"{magnified:.0f}")
+
+
+@functools.cache
+def _warn_of_first_step(magnified: str) -> None:
+  _logger.warning(
+    "prediction='epsilon': the solver starts where an error of predicted noise is magnified %s "
+    "times, and may draw noise; leave such levels out with lambda_min=-3.",
+    magnified,
+  )
 
 
 def solver_times(diffusion: Diffusion, settings: SolverSettings) -> Float[Array, "evaluations"]:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,8 @@ import ml_collections
 
 from latentlab.data import Data
 from latentlab.eval.common import loss_name
+from latentlab.layers.diffusion_head import Diffusion
 from latentlab.models.latentlm import NOT_TRAINED, Normalizer, SpecialTokens
-from latentlab.ops.diffusion import NoiseSchedule
 from latentlab.ops.latents import Noise, behind_latents, to_sphere
 from latentlab.train import media_sample, optim
 from latentlab.train.state import axis_names
@@ -34,7 +34,7 @@ class LatentRowsTask:
   config: ml_collections.ConfigDict
 
   count = None  # Of objectives of several means; see `task.Group`.
-  levels = None  # Noise that a solver goes through, of models that have one.
+  diffusion: ClassVar[Diffusion | None] = None  # What a solver draws from, of models that have one.
 
   @functools.cached_property
   def groups(self) -> tuple[Group, ...]:
@@ -55,7 +55,7 @@ class LatentRowsTask:
   def check_sample(self, data: Data) -> None:
     for name in data.modalities:
       task = self.of(name)
-      media_sample.check(task.config, data.of(name), task.levels)
+      media_sample.check(task.config, data.of(name), task.diffusion)
 
   def show_sample(self, params: Params, data: Data, workdir: pathlib.Path) -> None:
     for name in data.modalities:
@@ -109,8 +109,8 @@ class DenoisingTask(LatentRowsTask):
   std: float
 
   @property
-  def levels(self) -> NoiseSchedule:
-    return self.model.config.diffusion.levels
+  def diffusion(self) -> Diffusion:
+    return self.model.config.diffusion
 
   def with_normalizer(self, params: Params) -> Params:
     """New parameters of the model with those of its latents."""

@@ -28,7 +28,6 @@ from latentlab.models.latentlm import (
   SpecialTokens,
   empty_items,
 )
-from latentlab.ops.diffusion import NoiseSchedule
 from latentlab.ops.latents import Noise
 from latentlab.train import latent_rows, media_sample
 from latentlab.train import latents as latents_lib
@@ -76,9 +75,8 @@ class LatentLMTask(LatentRowsTask):
     return dataclasses.replace(self, config=config, number=names.index(modality))
 
   @property
-  def levels(self) -> NoiseSchedule | None:
-    diffusion = getattr(self.modality.head, "diffusion", None)
-    return None if diffusion is None else diffusion.levels
+  def diffusion(self) -> Diffusion | None:
+    return getattr(self.modality.head, "diffusion", None)
 
   @property
   def flops_per_item(self) -> float:

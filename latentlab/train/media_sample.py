@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from latentlab import ops, sample
+from latentlab import sample
 from latentlab.data import collection, media_files
 from latentlab.data.mixed import LatentData
+from latentlab.layers.diffusion_head import Diffusion, check_solver
 from latentlab.layers.latent_heads import SolverSettings
 from latentlab.models.latentlm import Items
 from latentlab.sample import latent
@@ -254,26 +255,23 @@ def settings(section: ml_collections.ConfigDict, where: str = "config.sample") -
     raise ValueError(f"{where}: {e}") from e
 
 
-def check(
-  config: ml_collections.ConfigDict, data: LatentData, levels: ops.NoiseSchedule | None
-) -> None:
+def check(config: ml_collections.ConfigDict, data: LatentData, diffusion: Diffusion | None) -> None:
   """Raises a `ValueError` where `config.sample` asks for what cannot be drawn.
 
   Args:
     config: The experiment.
     data: Its data.
-    levels: Those that the model's solver goes through; `None` where it has none.
+    diffusion: The model's; `None` where no solver draws from it.
   """
   if config.sample.num_samples < 0:
     raise ValueError(
       f"config.sample.num_samples={config.sample.num_samples} must not be negative; 0 draws none."
     )
   chosen = settings(config.sample)
-  if levels is not None:
-    try:
-      chosen.table(levels)
-    except ValueError as e:
-      raise ValueError(f"config.sample: {e}") from e
+  try:
+    check_solver(diffusion, chosen)
+  except ValueError as e:
+    raise ValueError(f"config.sample: {e}") from e
   if config.sample.num_samples:
     media_files.check_sample(data.summary["media_shape"], data.summary["sample_rate"])
 

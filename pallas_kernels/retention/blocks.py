@@ -7,7 +7,7 @@ from pallas_kernels.mosaic_tpu import LANES, chip, padded_bytes, vmem_limit_byte
 
 GPU_CHUNK = WARPGROUP_ROWS  # Tokens: the least that fills a matrix instruction, so the least work.
 
-_LEAST_SEGMENT = 1024  # Tokens, which its states' way from and to memory is little beside.
+_RIDGE = 266  # Operations in the time that a byte takes from memory, of an H100.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,10 +164,10 @@ class GpuBlocks:
   """Of the chunkwise GPU kernel.
 
   Attributes:
-    fwd: For each of its uses.
-    bwd_dq: Likewise.
-    bwd_dk: Likewise.
-    bwd_dv: Likewise.
+    fwd: Of the outputs.
+    bwd_dq: Of the queries' gradient.
+    bwd_dk: Of the keys'.
+    bwd_dv: Of the values'.
     segments: What a sequence is cut into, to run side by side.
   """
 
@@ -196,16 +196,20 @@ class GpuBlocks:
 
 
 def _segments(heads: int, length: int, head_dim: int, value_dim: int) -> int:
-  """The fewest of those that should take the least time, by the products of the busiest core."""
+  """The fewest that should take the least time, by the busiest core's products and by all bytes."""
+  state, share = head_dim * value_dim, heads / num_cores()
 
-  def products(segments):  # For each token of the sequence.
+  def time(segments):  # In products, for each token of the sequence.
     states = heads * segments
     tile = GpuTile.for_state(states, head_dim, value_dim)
-    rows, columns = tile.rows, 64 * tile.warpgroups
-    blocks = states * (head_dim // rows) * (value_dim // columns)
-    of_block = 2 * GPU_CHUNK * rows + columns * (2 * GPU_CHUNK + 4 * rows)
-    of_cut = 2 * heads * head_dim * value_dim / num_cores() if segments > 1 else 0
-    return -(-blocks // num_cores()) * of_block / segments + of_cut
+    blocks = states * (head_dim // tile.rows) * (value_dim // (64 * tile.warpgroups))
+    of_warpgroup = 2 * GPU_CHUNK * tile.rows + 64 * (2 * GPU_CHUNK + 4 * tile.rows)
+    products = -(-blocks // num_cores()) * tile.warpgroups * of_warpgroup / segments
+    kernel = max(products, share * _RIDGE * 2 * (2 * head_dim + 2 * value_dim))
+    if segments == 1:
+      return kernel
+    # Keys are scaled, and read again beside the values; each state is moved four times, in float32.
+    cut = max(2 * state, _RIDGE * 2 * (3 * head_dim + value_dim))
+    return kernel + share * (cut + _RIDGE * 4 * 4 * state * segments / length)
 
-  counts = (2**i for i in range(9))
-  return min((n for n in counts if n == 1 or length >= n * _LEAST_SEGMENT), key=products)
+  return min((2**i for i in range(9) if 2**i * GPU_CHUNK <= max(length, GPU_CHUNK)), key=time)

@@ -19,11 +19,10 @@ from pallas_kernels import mosaic_gpu
 from pallas_kernels.common import vary_alike
 from pallas_kernels.mosaic_gpu import LOG2E, WARPGROUP_ROWS, plgpu
 from pallas_kernels.retention import reference
-from pallas_kernels.retention.blocks import GPU_CHUNK, GpuBlocks, GpuTile
+from pallas_kernels.retention.blocks import GPU_CHUNK as CHUNK
+from pallas_kernels.retention.blocks import GpuBlocks, GpuTile
 from pallas_kernels.retention.gates import RESET, finite_gates
 from pallas_kernels.retention.segments import entering_states
-
-CHUNK = GPU_CHUNK
 
 _COPIED_ROWS = 8  # The copy engine's tile; beyond the last it reads zeros, and writes nothing.
 _DTYPES = (jnp.bfloat16, jnp.float16)
@@ -140,10 +139,10 @@ def _chunkwise_bwd(blocks, residuals, cotangents):
     float32 = lambda x: x.astype(jnp.float32)
     of_queries = jnp.sum(float32(q) * dq, -1)
     of_keys = jnp.sum(jnp.repeat(float32(k), q.shape[2] // k.shape[2], 2) * dk, -1)
-    terms = of_queries - of_keys
+    differences = of_queries - of_keys
     if dlast is not None:
-      terms = terms.at[:, -1].add(jnp.sum(last * dlast, (2, 3)))
-    dgates = _sums_behind(terms, gates <= RESET, open_start=bool(initial))
+      differences = differences.at[:, -1].add(jnp.sum(last * dlast, (2, 3)))
+    dgates = _sums_behind(differences, gates <= RESET, open_start=bool(initial))
   dk, dv = (
     x.reshape(*x.shape[:2], k.shape[2], -1, x.shape[-1]).sum(3, dtype=jnp.float32) for x in (dk, dv)
   )

@@ -41,6 +41,7 @@ def segment_updates(
   k: Float[Array, "B S L K H"], v: Float[Array, "B S L K V"], gates: Float[Array, "B S L N"]
 ) -> tuple[Float[Array, "B S N"], Float[Array, "B S N H V"]]:
   """What segments do to a state `s`, which becomes `decay * s + update`: see `entering_states`."""
+  k, v, gates = vary_alike(k, v, gates)
   batch, segments, length, kv_heads, _ = k.shape
   # Sums from the end lose nothing to a gate that forgets, and are no differences.
   sums = jax.lax.cumsum(gates, axis=2, reverse=True)

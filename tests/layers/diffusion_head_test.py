@@ -19,9 +19,10 @@ from latentlab.layers import (
   RegressionHeadConfig,
   Shared,
   SolverSettings,
+  diffusion_head,
   initializers,
 )
-from latentlab.layers.diffusion_head import time_features
+from latentlab.layers.diffusion_head import check_solver, time_features
 from latentlab.train.partition import make_mesh, make_rules
 
 WIDTH, DIM = 32, 3
@@ -435,6 +436,30 @@ def test_guided_mixtures_have_the_guided_density():
   assert abs(mean[0] - means[0, 0]) > 0.2  # Guidance has something to do.
   np.testing.assert_allclose(got.mean(), mean[0], atol=0.1 * float(precision[0] ** -0.5))
   np.testing.assert_allclose(got.std(), precision[0] ** -0.5, rtol=0.1)
+
+
+@pytest.mark.parametrize(
+  "prediction, schedule, lambda_min, warns",
+  [
+    ("epsilon", "cosine", None, True),
+    ("epsilon", "linear", None, True),
+    ("epsilon", "cosine", -3.0, False),
+    ("v", "cosine", None, False),
+  ],
+)
+def test_a_solver_that_starts_from_errors_is_warned_of(
+  prediction, schedule, lambda_min, warns, caplog
+):
+  diffusion_head._warn_of_first_step.cache_clear()  # It tells once.
+  settings = SolverSettings(num_steps=20, lambda_min=lambda_min)
+  check_solver(Diffusion(prediction, schedule), settings)
+  assert ("lambda_min=-3" in caplog.text) == warns
+
+
+def test_a_solver_fits_levels_or_nothing():
+  check_solver(None, SolverSettings(num_steps=10_000))
+  with pytest.raises(ValueError, match="num_steps=20"):
+    check_solver(Diffusion(num_timesteps=10), SolverSettings(num_steps=20))
 
 
 @pytest.mark.parametrize(

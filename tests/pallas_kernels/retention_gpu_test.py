@@ -111,7 +111,8 @@ def test_rows_of_a_state_in_several_blocks(interpreter, per_token):
   _assert_matches_recurrent(_inputs(70, 128, 64, per_token=per_token), blocks=blocks)
 
 
-_DOCUMENTS = jnp.repeat(jnp.array([[1, 2, 1]]), np.array([64, 66, 100]), axis=1)
+# Which start within a segment of 128 tokens, and with one.
+_DOCUMENTS = jnp.asarray([np.repeat([1, 2, 1], x) for x in ((64, 66, 100), (60, 68, 102))])
 
 
 @pytest.mark.parametrize(
@@ -119,27 +120,29 @@ _DOCUMENTS = jnp.repeat(jnp.array([[1, 2, 1]]), np.array([64, 66, 100]), axis=1)
   [
     (1, False, dict(segment_ids=_DOCUMENTS)),
     (2, False, dict(segment_ids=_DOCUMENTS)),
-    (2, True, dict(segment_ids=_DOCUMENTS, lengths=jnp.array([150]))),
+    (2, True, dict(segment_ids=_DOCUMENTS, lengths=jnp.array([150, 230]))),
   ],
   ids=["one-fixed", "two-fixed", "two-gated-padded"],
 )
 def test_segments_and_documents(interpreter, segments, per_token, options):
   tile = GpuTile(rows=64, warpgroups=1)
   blocks = GpuBlocks(fwd=tile, bwd_dq=tile, bwd_dk=tile, bwd_dv=tile, segments=segments)
-  args = _inputs(230, 64, 64, per_token=per_token)
+  args = _inputs(230, 64, 64, batch=2, per_token=per_token)
   # A fixed decay's gradient is a fiftieth for documents of what it is for one; its rounding isn't.
   tolerance = 1e-2 if per_token else 5e-2
   _assert_matches_recurrent(args, blocks=blocks, decay_tolerance=tolerance, **options)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize(
   "heads,length,head_dim,value_dim,segments",
   [
     (64, 65536, 256, 512, 1),  # RetNet's, at batch 8: two full rounds.
-    (8, 65536, 256, 512, 4),  # The same at batch 1, which would be 32 of 132 cores.
-    (8, 1024, 256, 512, 1),  # Too short to cut.
-    (32, 16384, 128, 128, 4),
-    (100, 8192, 64, 64, 1),  # 100 cores: another pass over the keys is not worth the other 32.
+    (8, 65536, 256, 512, 2),  # The same at batch 1, which would be 64 of 132 cores.
+    (8, 1024, 256, 512, 1),  # Too short: its states would be moved for little.
+    (2, 65536, 256, 256, 16),
+    (32, 16384, 128, 128, 1),  # 64 cores, and as many bytes as memory has.
+    (100, 8192, 64, 64, 1),
   ],
 )
 def test_segments_fill_the_card(heads, length, head_dim, value_dim, segments):
@@ -192,6 +195,12 @@ def test_machine_code(head_dim, value_dim, more):
 
 def test_machine_code_under_transformations():
   reports = gpu_compile.compile_for_h100("retention/64x64_transformed")
+  assert set(reports) == {f"retention_chunkwise_{name}" for name in KERNELS}
+  assert all(report.spilled_bytes == 0 for report in reports.values()), reports
+
+
+def test_machine_code_of_segments():
+  reports = gpu_compile.compile_for_h100("retention/64x64_row")
   assert set(reports) == {f"retention_chunkwise_{name}" for name in KERNELS}
   assert all(report.spilled_bytes == 0 for report in reports.values()), reports
 

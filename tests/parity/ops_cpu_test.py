@@ -1,6 +1,7 @@
 """The CPU benchmark of the ops: each peer computes what ours does, and a mismatch is not timed."""
 
 import pytest
+from absl import app
 
 pytest.importorskip("torch", reason="the peers are in torch")
 pytest.importorskip("torchscale", reason="pip install --no-deps torchscale==0.3.0")
@@ -15,6 +16,15 @@ def test_peers_compute_the_same(name, core):
   shape = specs.Attention(1, 96, 2, 8, values)  # Three chunks of 32, which no other size divides.
   report = ops_cpu.run_case(name, [core], 1, shape)
   assert report["ratio"] > 0 and min(report["best_ms"]["ours"].values()) > 0
+
+
+def test_shapes_are_read_or_named():
+  assert ops_cpu.parse_shape("8x2048x4x32x64") == specs.Attention(8, 2048, 4, 32, 64)
+  for text in ("8x2048", "axbxcxdxe", "1x1x1x1x0"):
+    with pytest.raises(app.UsageError, match=f"--ops_shapes={text}"):
+      ops_cpu.parse_shape(text)
+  with pytest.raises(ValueError, match="divides a length of 50"):
+    ops_cpu.run_case("retention/chunkwise", [0], 1, specs.Attention(1, 50, 2, 8, 8))
 
 
 def test_a_mismatch_is_an_error():

@@ -64,6 +64,15 @@ def test_saving_copies_on_several_devices_compiles_nothing(tmp_path):
     _assert_equal(c.restore(_abstract(dict(params=copies)))[1], dict(params=copies))
 
 
+def test_arrays_of_numpy_are_kept(tmp_path):
+  state = dict(table=np.arange(6.0, dtype=np.float32), count=np.int32(3))
+  with checkpoint.Checkpointer(tmp_path) as c:
+    c.save(1, state, {})
+    c.wait()
+    _, restored, _ = c.restore(_abstract(jax.tree.map(jnp.asarray, state)))
+  _assert_equal(restored, state)
+
+
 def test_round_trip_is_exact_and_survives_donation(tmp_path):
   state = _state(7)
   expected = jax.tree.map(lambda x: jnp.array(x, copy=True) if x.dtype == jnp.float32 else x, state)

@@ -115,7 +115,7 @@ def test_only_sounds_of_a_latentlm_stream(case, drawn, tmp_path, monkeypatch):
 
 def _write(case, folder, stream, **flags):
   generator, config = case
-  task = types.SimpleNamespace(generator=lambda *_: generator, levels=generator.task.levels)
+  task = types.SimpleNamespace(generator=lambda *_: generator, diffusion=generator.task.diffusion)
   task.of = lambda modality: task
   run = types.SimpleNamespace(
     task=task,
@@ -161,7 +161,7 @@ def test_files_that_grow_are_those_written_at_the_end(case, tmp_path):
   "flags, message",
   [
     (dict(guidance=float("nan")), "--guidance=nan must be finite"),
-    (dict(num_steps=5000), "--guidance, --num_steps, --solver or --temperature: .*5000"),
+    (dict(num_steps=5000), "--lambda_min or --temperature: .*5000"),
     (dict(classes=["1"]), "this model draws from texts; give --prompt"),
   ],
 )

@@ -165,8 +165,8 @@ def test_heads_of_two_kinds_in_one_model(case):
   batch = jax.tree.map(jnp.asarray, dict(next(data.train_iterator(0))))
   sums, weights = jax.jit(lambda p: task.sums(p, batch, jax.random.key(0)))(params)
   assert {n: np.isfinite(x) for n, x in sums.items()} == dict.fromkeys(sums, True)
-  assert weights["latents/sound"] > 0 and task.of("sound").levels is None
-  assert task.of("image").levels is not None
+  assert weights["latents/sound"] > 0 and task.of("sound").diffusion is None
+  assert task.of("image").diffusion is not None
 
 
 @pytest.mark.parametrize("name", ["image", "sound"])
