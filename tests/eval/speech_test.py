@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from latentlab import ops
 from latentlab.data import latent_store, media, mixed
 from latentlab.data.latent_store import LatentItem
 from latentlab.eval import features as features_lib
 from latentlab.eval import metrics, runner, speech
+from latentlab.layers.diffusion_head import Diffusion
 from latentlab.layers.latent_heads import SolverSettings
 from latentlab.models.latentlm import SpecialTokens
 
@@ -104,7 +104,9 @@ def _recognizer(monkeypatch):
 
 
 def _run(data, shift=0, drop=0, **fields):
-  task = types.SimpleNamespace(generator=lambda params, data: Parrot(data, shift, drop))
+  task = types.SimpleNamespace(
+    generator=lambda params, data: Parrot(data, shift, drop), diffusion=None
+  )
   return dict(speech.Evaluator(task, data, jax.jit, **fields).run({}))
 
 
@@ -231,7 +233,7 @@ def test_the_classifier_says_its_classs_text(data, monkeypatch):
 def test_bad_fields(data, fields, message):
   section = dict(type="speech", every_steps=1) | fields
   with pytest.raises(ValueError, match=message):
-    task = types.SimpleNamespace(generator=None)
+    task = types.SimpleNamespace(generator=None, diffusion=None)
     runner.build({"x": section}, task, data, lambda f: f)
 
 
@@ -251,7 +253,7 @@ def test_bad_requests(data):
 
 
 def test_it_draws_as_it_is_told_to(data):
-  task = types.SimpleNamespace(generator=None, levels=ops.NoiseSchedule())
+  task = types.SimpleNamespace(generator=None, diffusion=Diffusion())
   fields = dict(solver="ddim", num_steps=7, guidance=1.5, temperature=0.9, lambda_min=-3.0)
   evaluator = speech.Evaluator(task, data, jax.jit, **fields)
   assert evaluator.settings == SolverSettings(**fields)
