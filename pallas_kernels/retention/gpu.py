@@ -66,6 +66,8 @@ def chunkwise(
   gates = finite_gates(gates, segment_ids, valid)
   if valid is not None:  # What a padded token holds is not ours to trust, and may be a NaN.
     k, v = (jnp.where(valid[..., None, None], x, 0) for x in (k, v))
+  if initial_state is None:  # Nothing enters, as at a document's start; its gradient is zero, then.
+    gates = gates.at[:, 0].set(RESET)
   state = () if initial_state is None else (initial_state.astype(jnp.float32),)
   segments = blocks.segments
   if padding := -length % (_COPIED_ROWS if segments == 1 else segments * CHUNK):
@@ -142,7 +144,7 @@ def _chunkwise_bwd(blocks, residuals, cotangents):
     differences = of_queries - of_keys
     if dlast is not None:
       differences = differences.at[:, -1].add(jnp.sum(last * dlast, (2, 3)))
-    dgates = _sums_behind(differences, gates <= RESET, open_start=bool(initial))
+    dgates = _sums_behind(differences, gates <= RESET)
   dk, dv = (
     x.reshape(*x.shape[:2], k.shape[2], -1, x.shape[-1]).sum(3, dtype=jnp.float32) for x in (dk, dv)
   )
@@ -153,7 +155,7 @@ _chunkwise.defvjp(_chunkwise_fwd, _chunkwise_bwd, symbolic_zeros=True)
 
 
 def _sums_behind(
-  terms: Float[Array, "B T N"], forgets: Bool[Array, "B T N"], *, open_start: bool
+  terms: Float[Array, "B T N"], forgets: Bool[Array, "B T N"]
 ) -> Float[Array, "B T N"]:
   """Sums of the terms from each token to the end of its run: until one that forgets what was.
 
@@ -168,8 +170,7 @@ def _sums_behind(
   sums = jnp.pad(jax.lax.cumsum(terms, axis=1, reverse=True), ((0, 0), (0, 1), (0, 0)))
   behind = jnp.take_along_axis(sums, end, axis=1)
   rounding = (jnp.take_along_axis(sums, start, axis=1) - behind) * (end - at) / (end - start)
-  if open_start:
-    rounding = jnp.where((start == 0) & ~forgets[:, :1], 0, rounding)
+  rounding = jnp.where((start == 0) & ~forgets[:, :1], 0, rounding)
   return sums[:, :-1] - behind - rounding
 
 

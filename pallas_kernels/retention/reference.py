@@ -233,13 +233,13 @@ def _local(decay: _Decay, tokens: _Tokens, marks: _Marks) -> _Local:
     enter = jnp.where((runs == marks.runs[:, :1])[:, None], enter, 0)
   leave, carry = inner[..., -1, :, None], enter[..., -1, None, None]
 
-  scores = _product("BNCH,BNDH->BNCD", q, k) * inner
+  scores = product("BNCH,BNDH->BNCD", q, k) * inner
   return _Local(
-    out=_product("BNCD,BNDV->BNCV", scores.astype(v.dtype), v),
+    out=product("BNCD,BNDV->BNCV", scores.astype(v.dtype), v),
     queries=q,
     enter=enter[..., None],
     carry=carry,
-    update=_product("BNCH,BNCV->BNHV", (k * leave).astype(k.dtype), v),
+    update=product("BNCH,BNCV->BNHV", (k * leave).astype(k.dtype), v),
   )
 
 
@@ -248,12 +248,13 @@ def _join(state: Float[Array, "B N H V"], local: _Local, *, scale_queries: bool 
   # To scale what is read from the state fuses with the sum. The gradient wants it on the queries,
   # which are narrower: forward and backward then take a CPU 0.8 of the time.
   queries = local.queries * local.enter if scale_queries else local.queries
-  read = _product("BNCH,BNHV->BNCV", queries, state)
+  read = product("BNCH,BNHV->BNCV", queries, state)
   out = local.out + (read if scale_queries else local.enter * read)
   return local.carry * state + local.update, out.swapaxes(1, 2)
 
 
-def _product(equation: str, x: Array, y: Array) -> Array:
+def product(equation: str, x: Array, y: Array) -> Array:
+  """An einsum that accumulates, and is returned, in the states' dtype."""
   return jnp.einsum(equation, x, y, preferred_element_type=state_dtype(x.dtype))
 
 
@@ -270,10 +271,19 @@ def _at_once(chunk, decay, state, tokens, marks):
   with_the_last = np.arange(0, length, chunk)[:, None] + np.arange(chunk + 1)
   marks = jax.tree.map(lambda x: x[:, with_the_last], marks)
   local = jax.vmap(_local, (None, 1, 1))(decay, jax.tree.map(split, tokens), marks)
-  carry, update, state = vary_alike(local.carry, local.update, state)
-  state, entering = jax.lax.scan(lambda s, x: (x[0] * s + x[1], s), state, (carry, update))
+  state, entering = states_between(local.carry, local.update, state)
   out = jax.vmap(lambda s, x: _join(s, x)[1].astype(tokens.v.dtype), out_axes=1)(entering, local)
   return state, out.reshape(batch, length, heads, -1)
+
+
+def states_between(
+  carry: Float[Array, "S #B N 1 1"],
+  update: Float[Array, "S B N H V"],
+  state: Float[Array, "B N H V"],
+) -> tuple[Float[Array, "B N H V"], Float[Array, "S B N H V"]]:
+  """The last state, and those that enter `S` stretches, which `carry * state + update` leaves."""
+  carry, update, state = vary_alike(carry, update, state)
+  return jax.lax.scan(lambda s, x: (x[0] * s + x[1], s), state, (carry, update))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -11,7 +11,7 @@ from jax import Array
 from jaxtyping import Float
 
 from pallas_kernels.common import vary_alike
-from pallas_kernels.retention.reference import state_dtype
+from pallas_kernels.retention.reference import product, states_between
 
 
 def entering_states(
@@ -20,7 +20,9 @@ def entering_states(
   gates: Float[Array, "B S L N"],
   initial_state: Float[Array, "B N H V"] | None = None,
 ) -> Float[Array, "B S N H V"]:
-  """The state before each of `S` segments of `L` tokens.
+  """The state before each of `S` segments of `L` tokens, in float32.
+
+  Eq. 7 of RetNet (https://arxiv.org/abs/2307.08621) across chunks, with segments for them.
 
   Args:
     k: Keys; zeros where tokens are padding.
@@ -31,16 +33,20 @@ def entering_states(
   decay, update = segment_updates(k, v, gates)
   if initial_state is None:
     initial_state = jnp.zeros_like(update[:, 0])
-  decay, update, state = vary_alike(decay[..., None, None], update, initial_state)
-  by_segment = (decay.swapaxes(0, 1), update.swapaxes(0, 1))
-  _, entering = jax.lax.scan(lambda s, x: (x[0] * s + x[1], s), state, by_segment)
-  return entering.swapaxes(0, 1)
+  carry = decay.swapaxes(0, 1)[..., None, None]
+  return states_between(carry, update.swapaxes(0, 1), initial_state)[1].swapaxes(0, 1)
 
 
 def segment_updates(
   k: Float[Array, "B S L K H"], v: Float[Array, "B S L K V"], gates: Float[Array, "B S L N"]
 ) -> tuple[Float[Array, "B S N"], Float[Array, "B S N H V"]]:
-  """What segments do to a state `s`, which becomes `decay * s + update`: see `entering_states`."""
+  """What segments do to a state `s`, which becomes `decay * s + update`; both are float32.
+
+  Args:
+    k: See `entering_states`.
+    v: See there.
+    gates: See there.
+  """
   k, v, gates = vary_alike(k, v, gates)
   batch, segments, length, kv_heads, _ = k.shape
   # Sums from the end lose nothing to a gate that forgets, and are no differences.
@@ -56,7 +62,7 @@ def _update(
   keys: Float[Array, "B S L K G H"], v: Float[Array, "B S L K V"]
 ) -> Float[Array, "B S K G H V"]:
   """Sums of `k^T v` in float32, whose gradient meets keys and values in their own dtype."""
-  return _contract("BSLKGH,BSLKV->BSKGHV", keys, v)
+  return product("BSLKGH,BSLKV->BSKGHV", keys, v)
 
 
 def _update_fwd(keys, v):
@@ -66,12 +72,8 @@ def _update_fwd(keys, v):
 def _update_bwd(residuals, d_state):
   keys, v = residuals
   d_state = d_state.astype(v.dtype)
-  d_keys = _contract("BSKGHV,BSLKV->BSLKGH", d_state, v).astype(keys.dtype)
-  return d_keys, _contract("BSKGHV,BSLKGH->BSLKV", d_state, keys).astype(v.dtype)
+  d_keys = product("BSKGHV,BSLKV->BSLKGH", d_state, v).astype(keys.dtype)
+  return d_keys, product("BSKGHV,BSLKGH->BSLKV", d_state, keys).astype(v.dtype)
 
 
 _update.defvjp(_update_fwd, _update_bwd)
-
-
-def _contract(equation, x, y):
-  return jnp.einsum(equation, x, y, preferred_element_type=state_dtype(x.dtype))
