@@ -65,14 +65,12 @@ class Options:
     features: What media are compared by.
     split: Real media.
     seed: Of the samples.
-    lambda_min: Noisier levels are left out.
   """
 
   num_samples: int = 500
   features: str = "classifier"
   split: str = "train"
   seed: int = 0
-  lambda_min: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -220,7 +218,8 @@ def fill(
     ValueError: the file is of other options or of other parameters, or a run's model does not fit
       the grid; before anything is drawn.
   """
-  result = _read(path, runs, options)
+  asked = dataclasses.asdict(options) | dict(lambda_min=next(iter(grid.values())).lambda_min)
+  result = _read(path, runs, asked)
   for run in runs.values():
     check_cells(run.trained.task.diffusion, grid)
   result |= dict(
@@ -251,8 +250,7 @@ def fill(
   return result
 
 
-def _read(path: pathlib.Path, runs: Mapping[str, Run], options: Options) -> dict[str, Any]:
-  asked = dataclasses.asdict(options)
+def _read(path: pathlib.Path, runs: Mapping[str, Run], asked: Mapping[str, Any]) -> dict[str, Any]:
   if not path.exists():
     return dict(options=asked, runs={}, cells={})
   result = json.loads(path.read_text("utf-8"))
@@ -394,9 +392,7 @@ def main() -> None:
   grid = make_grid(*axes, values.lambda_min)
   if not values.workdir:
     raise ValueError("--workdir is missing: give the folder of a run, or of several with commas.")
-  options = Options(
-    values.num_samples, values.features, values.split, values.seed, values.lambda_min
-  )
+  options = Options(values.num_samples, values.features, values.split, values.seed)
   command = f"python -m experiments.solver_grid {shlex.join(sys.argv[1:])}"
   draw_grid(values.workdir.split(","), grid, options, pathlib.Path(values.output), command)
 

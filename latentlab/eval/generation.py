@@ -19,7 +19,6 @@ from latentlab.data.latent_store import LatentItem
 from latentlab.eval import features as features_lib
 from latentlab.eval import metrics
 from latentlab.eval.media_metrics import generation_metrics
-from latentlab.layers.diffusion_head import check_solver
 from latentlab.layers.latent_heads import SolverSettings
 from latentlab.models.latentlm import Items, LatentLM
 from latentlab.ops.latents import Noise, sample_latents
@@ -83,7 +82,6 @@ class Evaluator:
     self._task, self._data, self._split, self._name = task, data, split, features
     self._count, self._seed, self._reconstruction = num_samples, seed, reconstruction
     self.settings = SolverSettings(guidance, temperature, solver, num_steps, lambda_min)
-    check_solver(task.diffusion, self.settings)
     self._features = self._real = None
 
   def run(self, params: Params) -> Iterator[tuple[str, float]]:

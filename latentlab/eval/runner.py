@@ -24,6 +24,7 @@ from latentlab.eval import (
   reconstruction,
   speech,
 )
+from latentlab.layers.diffusion_head import check_solver
 from latentlab.typing import Params
 
 EVALUATORS = {
@@ -110,7 +111,10 @@ def build(evals: Mapping[str, Any], task: Any, data: Data, compile: Compile) -> 
       )
     try:
       of_modality = _of_modality(kind, modality, task, data)
-      built.append(Evaluation(name, evaluator(*of_modality, compile, **fields), every_steps))
+      made = evaluator(*of_modality, compile, **fields)
+      if settings := getattr(made, "settings", None):  # What a solver cannot do is found here.
+        check_solver(getattr(of_modality[0], "diffusion", None), settings)
+      built.append(Evaluation(name, made, every_steps))
     except ValueError as e:
       raise ValueError(f"{where}: {e}") from e
   return built

@@ -28,7 +28,6 @@ from latentlab.data import prepare as prepare_text
 from latentlab.eval import features as features_lib
 from latentlab.eval import metrics
 from latentlab.eval.media_metrics import reconstruction_metrics, same_shape
-from latentlab.layers.diffusion_head import check_solver
 from latentlab.layers.latent_heads import SolverSettings
 from latentlab.ops.latents import Noise, sample_latents
 from latentlab.typing import Float, Params
@@ -40,7 +39,7 @@ RECOGNIZERS: dict[str, Callable[[MediaRows, pathlib.Path | None], Recognizer]] =
 """Makers of recognisers, given the training split and a folder to keep what they learn in."""
 
 _MOST_REFERENCES = 1_000  # Utterances by whose statistics others are standardised.
-_DECODED_TOGETHER = 64  # Of these.
+_DECODED_TOGETHER = 64  # Utterances; all at once would not fit.
 
 
 def register(name: str, make: Callable[[MediaRows, pathlib.Path | None], Recognizer]) -> None:
@@ -171,7 +170,6 @@ class Evaluator:
     self._recognizer, self._count = recognizer, min(num_samples, len(data.store.splits[split]))
     self._prompt_seconds, self._speaker_pattern = prompt_seconds, speaker_pattern
     self.settings = SolverSettings(guidance, temperature, solver, num_steps, lambda_min)
-    check_solver(task.diffusion, self.settings)
 
   def run(self, params: Params) -> Iterator[tuple[str, float]]:
     """Yields how long drawn utterances are, what is heard in them, and whose voices go on.

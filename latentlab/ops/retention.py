@@ -25,7 +25,7 @@ from latentlab.typing import Array, Float, Int
 from pallas_kernels.retention import DecodeImplementation, Implementation
 from pallas_kernels.retention import retention as kernel
 from pallas_kernels.retention import retention_decode as decode_kernel
-from pallas_kernels.retention.gates import RESET, finite_gates
+from pallas_kernels.retention.gates import finite_gates
 from pallas_kernels.retention.reference import document_starts, valid_tokens
 from pallas_kernels.retention.segments import segment_updates
 
@@ -163,14 +163,14 @@ def _sequence_sharded(args, axes, options):
   if "lengths" in args:
     args["lengths"] = jnp.clip(args["lengths"] - index * length, 0, length)
   valid = valid_tokens(args.get("lengths", jnp.full(batch, length)), length)
-  gates = jnp.broadcast_to(log_decay, (batch, length, log_decay.shape[-1]))
-  gates = finite_gates(gates, None, valid)
+  starts = None
   if "segment_ids" in args:
     ids = args["segment_ids"]
     left = jax.lax.ppermute(ids[:, -1:], axes, [(i, i + 1) for i in range(count - 1)])
     left = jnp.where(index == 0, ids[:, :1], left)
     starts = document_starts(jnp.concatenate([left, ids], axis=1), None)[:, 1:] & valid
-    gates = jnp.where(starts[..., None], RESET, gates)
+  gates = jnp.broadcast_to(log_decay, (batch, length, log_decay.shape[-1]))
+  gates = finite_gates(gates, starts, valid)
 
   # What a padded token holds may be a NaN.
   k, v = (jnp.where(valid[..., None, None], x, 0) for x in (k, v))

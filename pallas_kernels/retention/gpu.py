@@ -63,7 +63,8 @@ def chunkwise(
 
   valid = None if lengths is None else reference.valid_tokens(lengths, length)
   gates = jnp.broadcast_to(log_decay, (batch, length, heads))
-  gates = finite_gates(gates, segment_ids, valid)
+  starts = None if segment_ids is None else reference.document_starts(segment_ids, valid)
+  gates = finite_gates(gates, starts, valid)
   if valid is not None:  # What a padded token holds is not ours to trust, and may be a NaN.
     k, v = (jnp.where(valid[..., None, None], x, 0) for x in (k, v))
   if initial_state is None:  # Nothing enters, as at a document's start; its gradient is zero, then.

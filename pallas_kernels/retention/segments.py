@@ -11,7 +11,7 @@ from jax import Array
 from jaxtyping import Float
 
 from pallas_kernels.common import vary_alike
-from pallas_kernels.retention.reference import product, states_between
+from pallas_kernels.retention.reference import product, state_dtype, states_between
 
 
 def entering_states(
@@ -30,11 +30,14 @@ def entering_states(
     gates: Log decays, of which every sum is finite (`gates.finite_gates`).
     initial_state: Before the first segment; zeros if `None`.
   """
-  decay, update = segment_updates(k, v, gates)
   if initial_state is None:
-    initial_state = jnp.zeros_like(update[:, 0])
+    sizes = k.shape[0], gates.shape[-1], k.shape[-1], v.shape[-1]
+    initial_state = jnp.zeros(sizes, state_dtype(k.dtype))
+  # What leaves the last segment enters none.
+  decay, update = segment_updates(k[:, :-1], v[:, :-1], gates[:, :-1])
   carry = decay.swapaxes(0, 1)[..., None, None]
-  return states_between(carry, update.swapaxes(0, 1), initial_state)[1].swapaxes(0, 1)
+  last, entering = states_between(carry, update.swapaxes(0, 1), initial_state)
+  return jnp.concatenate([entering, last[None]]).swapaxes(0, 1)
 
 
 def segment_updates(

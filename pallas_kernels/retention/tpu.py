@@ -61,7 +61,8 @@ def chunkwise(
   blocks.check(sizes)
 
   valid = None if lengths is None else reference.valid_tokens(lengths, length)
-  gates = finite_gates(log_decay, segment_ids, valid)
+  starts = None if segment_ids is None else reference.document_starts(segment_ids, valid)
+  gates = finite_gates(log_decay, starts, valid)
 
   optional = {} if lengths is None else {"lengths": jnp.minimum(lengths, length)}
   if initial_state is not None:

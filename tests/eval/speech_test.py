@@ -104,9 +104,7 @@ def _recognizer(monkeypatch):
 
 
 def _run(data, shift=0, drop=0, **fields):
-  task = types.SimpleNamespace(
-    generator=lambda params, data: Parrot(data, shift, drop), diffusion=None
-  )
+  task = types.SimpleNamespace(generator=lambda params, data: Parrot(data, shift, drop))
   return dict(speech.Evaluator(task, data, jax.jit, **fields).run({}))
 
 
@@ -233,7 +231,7 @@ def test_the_classifier_says_its_classs_text(data, monkeypatch):
 def test_bad_fields(data, fields, message):
   section = dict(type="speech", every_steps=1) | fields
   with pytest.raises(ValueError, match=message):
-    task = types.SimpleNamespace(generator=None, diffusion=None)
+    task = types.SimpleNamespace(generator=None)
     runner.build({"x": section}, task, data, lambda f: f)
 
 

@@ -203,6 +203,7 @@ def _check_table(table, seen, block, tile, packed, *, whole_tiles):
   "case",
   [
     "64x128",
+    "96x192",
     "128x256",
     "128x256_everything",
     pytest.param("128x128_shared", marks=pytest.mark.slow),
